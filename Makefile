@@ -1,0 +1,64 @@
+# make demo · make test · make lint · make codegen · make bench: the set-up is done on the first call
+# make gpu: everything that needs a GPU, with the Python and torch that are there, without a network
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint codegen bench gpu clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+CSRC := $(wildcard csrc/*)
+# the Python of `make gpu`
+PYTHON ?= python3
+OUT ?= out
+BLOCKS ?= 9
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+# torch comes first and alone: what is installed after it keeps the build (CPU or CUDA) that it took
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	@set -e; if [ ! -x $(PY) ]; then \
+	  for python in python3.11 python3.12 python3; do \
+	    if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	      2>/dev/null; then echo "setting up $(VENV) with $$python"; $$python -m venv $(VENV); break; fi; \
+	  done; \
+	  [ -x $(PY) ] || { echo "sdvg needs Python 3.11 or 3.12: install one, then run make again"; exit 1; }; \
+	fi
+	$(PY) -m pip install -q -c constraints.txt torch==2.13.0
+	$(PY) -m pip install -q -c constraints.txt setuptools wheel ninja
+	SDVG_SKIP_CUDA_BUILD=1 $(PY) -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(CSRC) setup.py
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+setup: $(BUILT)
+
+demo: setup
+	@mkdir -p $(OUT)
+	$(VENV)/bin/sdvg generate "a seven moving left" --blocks $(BLOCKS) --router reward --tau -0.7 \
+	  --seed 0 --out $(OUT)/demo.mp4
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cu %.cuh %.h %.cpp,$(CSRC))
+
+codegen: setup
+	$(PY) -m sdvg_kernels.codegen
+
+bench: setup
+	$(PY) -m benchmarks.run_all
+
+gpu:
+	SDVG_FORCE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:python $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=.:python $(PYTHON) -m benchmarks.run_all
+
+clean:
+	rm -rf build $(BUILT) sdvg_kernels/_C*.so

@@ -1,0 +1,44 @@
+"""Kernels for block-autoregressive video generation, each with a plain PyTorch reference.
+
+Public names are loaded on first use: `import sdvg_kernels` costs nothing but torch, and an op is registered when
+its folder is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> the room that it lives in
+_EXPORTS = {
+    "stage_": "cache",
+    "commit_": "cache",
+    "rollback_": "cache",
+    "compact_": "cache",
+    "select_": "cache",
+    "PointerTable": "cache",
+    "block_causal_attention": "attention",
+    "route_blocks": "verify",
+}
+_OPS = tuple(dict.fromkeys(_EXPORTS.values()))
+
+__all__ = [*_EXPORTS, "implementations"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _OPS:
+        return importlib.import_module(f"sdvg_kernels.{name}")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"sdvg_kernels.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'sdvg_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS, *_OPS])
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Return, for each op, its implementations in order of preference here: name -> "" or why it is not available."""
+    rooms = (importlib.import_module(f"sdvg_kernels.{op}.api") for op in _OPS)
+    return {op: room.implementations() for op, room in zip(_OPS, rooms, strict=True)}
