@@ -1,22 +1,32 @@
-"""Argument checks: every message is one sentence of one form, `{op}: {argument} must {rule}, got {value}`, plus a remedy."""
+"""Argument checks: every message is one sentence of one form, `{op}: {argument} must {rule}, got {value}`, plus a remedy.
+
+Checks cost little when they hold: nothing is formatted before a check fails.
+"""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 
 
 def message(op: str, argument: str, rule: str, got: object, remedy: str = "") -> str:
     """Return the sentence; `remedy`, when given, follows after a semicolon."""
+    got = list(got) if isinstance(got, torch.Size) else got
     return f"{op}: {argument} must {rule}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
-def require(condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = "") -> None:
+def require(
+    condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = ""
+) -> None:
     """Raise ValueError with the sentence unless `condition` holds."""
     if not condition:
         raise ValueError(message(op, argument, rule, got, remedy))
 
 
-def require_dtype(condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = "") -> None:
+def require_dtype(
+    condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = ""
+) -> None:
     """Raise TypeError with the sentence unless `condition` holds."""
     if not condition:
         raise TypeError(message(op, argument, rule, got, remedy))
@@ -25,3 +35,39 @@ def require_dtype(condition: bool, op: str, argument: str, rule: str, got: objec
 def shape_of(tensor: torch.Tensor) -> list[int]:
     """Return the shape as a plain list, for messages."""
     return list(tensor.shape)
+
+
+def require_implementation(
+    op: str, implementation: str | None, available: dict[str, str], where: str
+) -> str:
+    """Return the name of the implementation to run: the one asked for, else the first that is available.
+
+    `available` maps names, in order of preference, to "" or why not; `where` says what it is about.
+    Raises ValueError for a name that does not exist, NotImplementedError for one that cannot run here.
+    """
+    if implementation is None:
+        return next(name for name, reason in available.items() if not reason)
+    require(
+        implementation in available,
+        op,
+        "implementation",
+        f"be one of {', '.join(map(repr, available))}",
+        repr(implementation),
+    )
+    if available[implementation]:
+        rule = f"run {where}"
+        raise NotImplementedError(
+            message(op, "implementation", rule, repr(implementation), available[implementation])
+        )
+    return implementation
+
+
+def triton_reason(device: str) -> str:
+    """Return "" or why Triton cannot run on tensors of the device type `device`."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    if device == "cpu" and not triton.knobs.runtime.interpret:
+        return "set TRITON_INTERPRET=1 before the start to run Triton on cpu tensors"
+    return "" if device in ("cpu", "cuda") else f"there is no Triton kernel for {device}"

@@ -43,3 +43,40 @@ def load_extension() -> tuple[ModuleType | None, str]:
         return importlib.import_module("sdvg_kernels._C"), ""
     except ImportError as error:
         return None, str(error)
+
+
+# attention: the functional op, and the one that writes `out`; lse is [B, H, T], or [0] without return_lse
+
+_ATTENTION = """(
+    Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? cache_batch_idx,
+    int? block_size, int sink, int? window, float softmax_scale, float? bias, int bias_start, int? bias_stop,
+    int? num_splits, bool return_lse, str implementation{out}) -> {result}"""
+
+
+def _fake_lse(query: torch.Tensor, return_lse: bool) -> torch.Tensor:
+    batch, rows, heads, _ = query.shape
+    return query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
+
+
+define(
+    "block_causal_attention" + _ATTENTION.format(out="", result="(Tensor, Tensor)"),
+    lambda query, *arguments: (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        _fake_lse(query, arguments[12]),
+    ),
+)
+define(
+    "block_causal_attention_out" + _ATTENTION.format(out=", *, Tensor(a!) out", result="Tensor"),
+    lambda query, *arguments, out: _fake_lse(query, arguments[12]),
+)
+
+# verify: (accept [B] bool, score [B] float32)
+
+define(
+    "route_blocks(Tensor frame_rewards, Tensor? first, float tau, bool all_first, str aggregate, str implementation)"
+    " -> (Tensor, Tensor)",
+    lambda frame_rewards, *_: (
+        frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.bool),
+        frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.float32),
+    ),
+)

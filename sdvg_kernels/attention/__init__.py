@@ -1,0 +1,5 @@
+"""Fused attention over block-causal KV caches."""
+
+from sdvg_kernels.attention.api import KeyBias, block_causal_attention
+
+__all__ = ["KeyBias", "block_causal_attention"]

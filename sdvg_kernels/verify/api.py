@@ -1,0 +1,121 @@
+"""`route_blocks`: which drafted blocks are kept, from the rewards of their frames, on the device."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from sdvg_kernels import _ops
+from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
+from sdvg_kernels.verify import reference
+
+_OP = "route_blocks"
+AGGREGATES = ("min", "mean")
+
+
+def route_blocks(
+    frame_rewards: torch.Tensor,
+    tau: float,
+    first: bool | torch.Tensor,
+    aggregate: str = "min",
+    *,
+    return_score: bool = False,
+    implementation: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Accept a drafted block when its worst (or mean) frame reward reaches `tau` and it is not a first block.
+
+    Equals `(frame_rewards.float().amin(1) >= tau) & ~first` with `tau` rounded to float32. A NaN reward makes the
+    score NaN, and a NaN score is rejected. The mean is summed in float64 and rounded once.
+
+    Args:
+        frame_rewards: [B, F] floating, any strides, `F >= 1`.
+        tau: threshold, in the scorer's unit; -inf accepts all but NaN, inf only an infinite reward.
+        first: True rejects every block; a [B] bool tensor on the same device rejects where True.
+        aggregate: "min" (worst frame) or "mean".
+        return_score: also return the aggregate.
+        implementation: "triton" or "reference"; None: Triton on CUDA, else the reference.
+
+    Returns:
+        accept [B] bool on the device; with `return_score`, (accept, score [B] float32).
+
+    Raises:
+        ValueError (shape, value), TypeError (dtype), NotImplementedError (an implementation that cannot run here).
+
+    Deterministic; no host synchronisation; safe in a CUDA graph.
+    Source: SDVG, worst-frame aggregation and forced rejection of the first block.
+    """
+    require(
+        frame_rewards.dim() == 2 and frame_rewards.shape[1] > 0,
+        _OP,
+        "frame_rewards",
+        "be [B, F] with at least one frame",
+        frame_rewards.shape,
+    )
+    require_dtype(
+        frame_rewards.is_floating_point(),
+        _OP,
+        "frame_rewards",
+        "be floating",
+        frame_rewards.dtype,
+    )
+    require(not math.isnan(tau), _OP, "tau", "be a number", tau)
+    require(aggregate in AGGREGATES, _OP, "aggregate", "be 'min' or 'mean'", repr(aggregate))
+    if isinstance(first, torch.Tensor):
+        require_dtype(first.dtype == torch.bool, _OP, "first", "be bool", first.dtype)
+        require(
+            first.shape == frame_rewards.shape[:1] and first.device == frame_rewards.device,
+            _OP,
+            "first",
+            "be [B] on the device of frame_rewards",
+            first.shape,
+        )
+    device = frame_rewards.device.type
+    chosen = require_implementation(_OP, implementation, _available(device), f"on {device} tensors")
+    per_sequence = isinstance(first, torch.Tensor)
+    accept, score = torch.ops.sdvg_kernels.route_blocks(
+        frame_rewards,
+        first if per_sequence else None,
+        float(tau),
+        not per_sequence and bool(first),
+        aggregate,
+        chosen,
+    )
+    return (accept, score) if return_score else accept
+
+
+@functools.cache
+def _available(device: str) -> dict[str, str]:
+    """Return implementation -> "" or why it cannot run on `device`, in order of preference."""
+    reason = triton_reason(device)
+    if device == "cpu" or reason:
+        return {"reference": "", "triton": reason}
+    return {"triton": "", "reference": ""}
+
+
+def implementations() -> dict[str, str]:
+    """Return implementation -> "" or why it is not available, in order of preference on this machine."""
+    if torch.cuda.is_available():
+        return dict(_available("cuda"))
+    return {"triton": "no CUDA device is available", "reference": ""}
+
+
+def _run(
+    frame_rewards: torch.Tensor,
+    first: torch.Tensor | None,
+    tau: float,
+    all_first: bool,
+    aggregate: str,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the chosen implementation."""
+    options = {"tau": tau, "all_first": all_first, "aggregate": aggregate}
+    if implementation == "reference":
+        return reference.route_blocks(frame_rewards, first, **options)
+    from sdvg_kernels.verify import kernel
+
+    return kernel.route_blocks(frame_rewards, first, **options)
+
+
+_ops.implement("route_blocks", cpu=_run, cuda=_run)
