@@ -1,0 +1,24 @@
+"""Speculative generation for block-autoregressive video models: a drafter proposes, a router decides, a target repairs."""
+
+from sdvg.commit import Recompute
+from sdvg.engine import SDVG, Generation
+from sdvg.router import Always, Never, Random, Reward, Stride
+from sdvg.schedule import Schedule, preset
+from sdvg.types import Block, Draft, Stats, Verdict
+
+__all__ = [
+    "SDVG",
+    "Always",
+    "Block",
+    "Draft",
+    "Generation",
+    "Never",
+    "Random",
+    "Recompute",
+    "Reward",
+    "Schedule",
+    "Stats",
+    "Stride",
+    "Verdict",
+    "preset",
+]

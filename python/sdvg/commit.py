@@ -1,0 +1,133 @@
+"""When finished blocks enter a model's KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdvg import noise
+from sdvg.clock import Clock
+from sdvg.schedule import Schedule
+from sdvg.types import CausalModel
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Krea's policy: keep nothing, write the last `frames` clean latents anew before each block."""
+
+    frames: int = 3
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"commit: frames must be at least 1, got {self.frames}")
+
+
+class CachedModel:
+    """A model, and how much of each sequence its cache holds."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        schedule: Schedule,
+        prompts: Sequence[str],
+        policy: str | Recompute = "lazy",
+    ) -> None:
+        self.model, self.schedule, self.policy = model, schedule, policy
+        # blocks in the cache, for each sequence
+        self.written = [0] * len(prompts)
+        model.start(prompts)
+
+    def catch_up(
+        self,
+        index: int,
+        rows: Tensor | None,
+        blocks: Sequence[Tensor] | Mapping[int, Tensor],
+        clock: Clock,
+    ) -> int:
+        """Bring the cache of `rows` up to block `index`; return the latent frame at which that block sits in it.
+
+        All pending blocks of a sequence go through the model in one multi-block clean pass. Those that can no longer
+        change what `index` sees, through any number of layers, are left out.
+        """
+        size, _, _, _ = self.model.block_shape
+        if isinstance(self.policy, Recompute):
+            first = max(0, index - math.ceil(self.policy.frames / size))
+            if first == index:
+                return 0
+            context = self._join(blocks, first, index)[:, -self.policy.frames :]
+            self._write(context, 0, rows, 1, clock)
+            return context.shape[1]
+        members = range(len(self.written)) if rows is None else rows.tolist()
+        for written in sorted({self.written[row] for row in members}):
+            group = [row for row in members if self.written[row] == written]
+            for first, last in self._pending(written, index):
+                clean = self._join(blocks, first, last)
+                self._write(clean, first * size, self._index(group), last - first, clock)
+            for row in group:
+                self.written[row] = max(written, index)
+        return index * size
+
+    def denoise(
+        self,
+        index: int,
+        rows: Tensor | None,
+        start_frame: int,
+        seed: int,
+        sequences: tuple[int, ...],
+    ) -> Tensor:
+        """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise that is keyed by it."""
+        model, shape = self.model, self.model.block_shape
+        wide = torch.promote_types(model.dtype, torch.float32)
+        ids = sequences if rows is None else tuple(sequences[row] for row in rows.tolist())
+        rows = None if rows is None else rows.to(model.device)
+
+        def draw(step: int) -> Tensor:
+            drawn = noise.normal(shape, seed=seed, sequences=ids, block=index, step=step)
+            return drawn.to(model.device, wide)
+
+        latents = draw(0)
+        for step, timestep in enumerate(self.schedule.steps(index)):
+            if step:
+                sigma = timestep / 1000
+                latents = (1 - sigma) * latents + sigma * draw(step)
+            latents = model.denoise(latents, timestep, start_frame=start_frame, rows=rows)
+        if not self.schedule.clean_pass and not isinstance(self.policy, Recompute):
+            # the next block attends to the K/V of the last noisy step
+            model.keep(start_frame=start_frame, rows=rows)
+            for row in range(len(self.written)) if rows is None else rows.tolist():
+                self.written[row] = index + 1
+        return latents
+
+    def _pending(self, written: int, index: int) -> list[tuple[int, int]]:
+        """Return the ranges of blocks in [written, index) that must be written, oldest first."""
+        size, _, _, _ = self.model.block_shape
+        sink = math.ceil(self.model.sink_frames / size)
+        horizon = 0
+        if self.model.receptive_frames is not None:
+            horizon = index - math.ceil(self.model.receptive_frames / size)
+        if horizon <= max(written, sink):
+            ranges = [(written, index)]
+        else:
+            ranges = [(written, min(sink, index)), (horizon, index)]
+        return [(first, last) for first, last in ranges if first < last]
+
+    def _write(
+        self, clean: Tensor, start_frame: int, rows: Tensor | None, blocks: int, clock: Clock
+    ) -> None:
+        batch = len(self.written) if rows is None else len(rows)
+        model = self.model
+        rows = None if rows is None else rows.to(model.device)
+        clean = (clean if rows is None else clean[rows.to(clean.device)]).to(model.device)
+        with clock.stage("commit", batch * blocks, model.device):
+            model.write(clean, start_frame=start_frame, rows=rows)
+
+    def _index(self, group: list[int]) -> Tensor | None:
+        return None if len(group) == len(self.written) else torch.tensor(group)
+
+    @staticmethod
+    def _join(blocks: Sequence[Tensor] | Mapping[int, Tensor], first: int, last: int) -> Tensor:
+        return torch.cat([blocks[block] for block in range(first, last)], dim=1)

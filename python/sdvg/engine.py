@@ -1,0 +1,354 @@
+"""The SDVG loop: a drafter proposes a block, a router decides, the target repairs (arXiv 2604.17397, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from sdvg.clock import Clock
+from sdvg.commit import CachedModel, Recompute
+from sdvg.router import Reward
+from sdvg.schedule import Schedule, preset
+from sdvg.types import (
+    Block,
+    CausalModel,
+    Decoder,
+    Draft,
+    Router,
+    Scorer,
+    Stats,
+    Verdict,
+)
+
+
+class SDVG:
+    """Block-autoregressive video generation by speculation.
+
+    For each block the drafter denoises from the block's noise, the decoder turns latents to frames, the scorer
+    scores them and the router gives a verdict per sequence. Accepted latents are the target's too; for the rejected
+    sequences the target denoises the same noise and the decoder goes on from its state before the draft.
+
+    Args:
+        drafter, target: `CausalModel`s with equal `block_shape`. Without a target every draft is kept; without a
+            drafter the target makes every block.
+        decoder: latents to frames.
+        scorer: frames to rewards; needed by routers that look at them.
+        router: which drafts are kept (`sdvg.router`, or any callable of a `Draft`).
+        schedule: denoising steps of the target, a `Schedule` or the name of a preset.
+        drafter_schedule: the drafter's, by default the same.
+        force_first: let the target make block 0 whatever the router says (the paper does).
+        commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass, when the target is
+            next needed, without blocks that can no longer change its output; "eager": at once, one pass a block;
+            `Recompute(n)`: nothing is kept, the last n latents are written anew before each target block.
+        drafter_cache: "own": the drafter goes on from its own drafts (the paper); "synced": from the final blocks.
+        run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU it then runs on a
+            stream of its own. The output is the same.
+
+    Raises:
+        ValueError: parts that do not fit each other, in one sentence.
+    """
+
+    def __init__(
+        self,
+        drafter: CausalModel | None,
+        target: CausalModel | None,
+        decoder: Decoder,
+        scorer: Scorer | None = None,
+        router: Router | None = None,
+        *,
+        schedule: Schedule | str = "self_forcing",
+        drafter_schedule: Schedule | str | None = None,
+        force_first: bool = True,
+        commit: str | Recompute = "lazy",
+        drafter_cache: str = "own",
+        run_ahead: int = 0,
+    ) -> None:
+        self.drafter, self.target, self.decoder, self.scorer = drafter, target, decoder, scorer
+        self.router = Reward() if router is None else router
+        self.schedule = preset(schedule) if isinstance(schedule, str) else schedule
+        drafting = schedule if drafter_schedule is None else drafter_schedule
+        self.drafter_schedule = preset(drafting) if isinstance(drafting, str) else drafting
+        self.force_first, self.commit = force_first, commit
+        self.drafter_cache, self.run_ahead = drafter_cache, run_ahead
+        self._check()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_blocks: int = 9,
+        seed: int = 0,
+        sequences: Sequence[int] | None = None,
+    ) -> Generation:
+        """Return an iterator over `num_blocks` blocks of one video for each prompt.
+
+        `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a video is the same
+        alone and in any batch. The models hold one generation at a time.
+
+        Raises ValueError for no prompt, an empty prompt, or fewer than one block.
+        """
+        return Generation(self, prompts, num_blocks, seed, sequences)
+
+    def _check(self) -> None:
+        if self.drafter is None and self.target is None:
+            raise ValueError("sdvg: drafter and target must not both be None, got neither")
+        models = [model for model in (self.drafter, self.target) if model is not None]
+        shapes = [model.block_shape for model in models]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                "sdvg: drafter and target must share one latent block shape [F, C, h, w], "
+                f"got {list(shapes[0])} and {list(shapes[1])}"
+            )
+        if len(models) == 2 and self.scorer is None and needs_score(self.router):
+            raise ValueError(
+                f"sdvg: scorer must be given for the router {self.router!r}, got None; "
+                "give one, or take a router that needs no score (Stride, Random, Always, Never)"
+            )
+        if not isinstance(self.commit, Recompute) and self.commit not in ("lazy", "eager"):
+            raise ValueError(
+                f"sdvg: commit must be 'lazy', 'eager' or Recompute(n), got {self.commit!r}"
+            )
+        if self.drafter_cache not in ("own", "synced"):
+            raise ValueError(
+                f"sdvg: drafter_cache must be 'own' or 'synced', got {self.drafter_cache!r}"
+            )
+        if self.run_ahead < 0 or (self.run_ahead and self.drafter_cache == "synced"):
+            raise ValueError(
+                "sdvg: run_ahead must be 0 unless the drafter goes on from its own drafts, "
+                f"got {self.run_ahead} with drafter_cache={self.drafter_cache!r}"
+            )
+
+
+class Generation(Iterator[Block]):
+    """The loop itself: `next` gives a block as soon as it is final, `summary` says how it went so far.
+
+    A block counts in one step at its end and all that leads there may be done twice, so an interrupt in the middle of
+    a block loses nothing: the next `next` makes that block again, bit for bit.
+    """
+
+    def __init__(
+        self,
+        sdvg: SDVG,
+        prompts: Sequence[str],
+        num_blocks: int,
+        seed: int,
+        sequences: Sequence[int] | None,
+    ) -> None:
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"sdvg: prompts must be a non-empty list of texts, got {prompts!r}")
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError(f"sdvg: a prompt must not be empty, got {prompt!r}")
+        if num_blocks < 1:
+            raise ValueError(f"sdvg: num_blocks must be at least 1, got {num_blocks}")
+        self.sequences = tuple(range(len(prompts)) if sequences is None else sequences)
+        if len(self.sequences) != len(prompts):
+            raise ValueError(
+                f"sdvg: sequences must name one id for each of {len(prompts)} prompts, "
+                f"got {len(self.sequences)}"
+            )
+        self.sdvg, self.prompts, self.num_blocks, self.seed = sdvg, tuple(prompts), num_blocks, seed
+        self.latents: list[Tensor] = []
+        self.verdicts: list[tuple[Verdict, ...]] = []
+        self._drafts: dict[int, Tensor] = {}
+        # decoder state before each block that may still be made
+        self._states = {0: sdvg.decoder.start(len(prompts))}
+        self._frames = 0
+        self._clock = Clock()
+        self._drafter = self._target = None
+        if sdvg.drafter is not None:
+            self._drafter = CachedModel(sdvg.drafter, sdvg.drafter_schedule, self.prompts)
+        if sdvg.target is not None:
+            self._target = CachedModel(sdvg.target, sdvg.schedule, self.prompts, sdvg.commit)
+        # ahead of the verdicts the drafter runs on a stream of its own; an event for each draft
+        self._stream: torch.cuda.Stream | None = None
+        self._drawn: dict[int, torch.cuda.Event] = {}
+        if sdvg.run_ahead and sdvg.drafter is not None and sdvg.drafter.device.type == "cuda":
+            self._stream = torch.cuda.Stream(sdvg.drafter.device)
+            self._stream.wait_stream(torch.cuda.current_stream(sdvg.drafter.device))
+
+    def __next__(self) -> Block:
+        """Draft, decode, score and route one block; commit it or repair it."""
+        index, sdvg = len(self.latents), self.sdvg
+        if index == self.num_blocks:
+            raise StopIteration
+        self._clock.begin()
+        before = self._states[index]
+        if sdvg.commit == "eager" and self._target is not None:
+            self._target.catch_up(index, None, self.latents, self._clock)
+
+        draft = frames = state = None
+        accept = self._decide_early(index)
+        if self._needs_draft(accept):
+            draft = self._draft(index)
+        if accept is None:
+            frames, state = self._decode(draft, before)
+            rewards = self._score(frames, index)
+            accept = sdvg.router(Draft(index, self.seed, self.sequences, rewards))
+            verdicts = self._verdicts(accept, "router", rewards)
+        else:
+            verdicts = self._verdicts(*accept)
+
+        rejected = [row for row, verdict in enumerate(verdicts) if not verdict.accepted]
+        if not rejected:
+            latents = draft
+        elif len(rejected) == len(self.prompts):
+            # back to the decoder's state before the draft
+            latents, frames, state = self._repair(index, None), None, before
+        else:
+            rows = torch.tensor(rejected, device=draft.device)
+            repaired = self._repair(index, rows)
+            latents = draft.index_copy(0, rows, repaired)
+            if frames is not None:
+                restored = sdvg.decoder.take(before, rows)
+                repaired_frames, repaired_state = self._decode(repaired, restored)
+                frames = frames.index_copy(0, rows, repaired_frames)
+                state = sdvg.decoder.select(state, repaired_state, rows)
+        if frames is None:
+            frames, state = self._decode(latents, before)
+
+        seconds = self._clock.end()
+        self._states[index + 1] = state
+        self.verdicts[index:] = [verdicts]
+        self.latents.append(latents)
+        self._frames += frames.shape[0] * frames.shape[1]
+        self._states.pop(index)
+        return Block(index, frames, latents, verdicts, seconds)
+
+    def summary(self, target_only_seconds: float | None = None) -> Stats:
+        """Return what happened so far; `target_only_seconds`, the measured time of the same blocks made by the
+        target alone, turns the speed-up from predicted into measured."""
+        clock = self._clock
+        decided = [v.accepted for row in self.verdicts for v in row if v.reason == "router"]
+        blocks, batch = len(self.latents), len(self.prompts)
+        source = "measured"
+        if target_only_seconds is None:
+            target_only_seconds = self._predict_target_only(blocks * batch)
+            source = "predicted" if target_only_seconds is not None else "none"
+        ratio = target_only_seconds / clock.total if target_only_seconds and clock.total else None
+        return Stats(
+            blocks=blocks,
+            sequences=batch,
+            frames=self._frames,
+            acceptance=sum(decided) / len(decided) if decided else None,
+            total=clock.total,
+            stages=dict(clock.seconds),
+            fps=self._frames / clock.total if clock.total else 0.0,
+            speedup=ratio,
+            speedup_source=source,
+        )
+
+    def _predict_target_only(self, pairs: int) -> float | None:
+        seconds, units = self._clock.seconds, self._clock.units
+        if not units["target"]:
+            return None
+        target = seconds["target"] / units["target"]
+        # before anything was committed, a clean pass counts as one denoising step
+        clean = target / len(self.sdvg.schedule.steps(0))
+        if units["commit"]:
+            clean = seconds["commit"] / units["commit"]
+        if not self.sdvg.schedule.clean_pass:
+            clean = 0.0
+        decode = seconds["decode"] / units["decode"]
+        return pairs * (target + decode) + (pairs - len(self.prompts)) * clean
+
+    def _decide_early(self, index: int) -> tuple[Tensor, str] | None:
+        """Return (accept, reason) where no score is needed, else None."""
+        sdvg, batch = self.sdvg, len(self.prompts)
+        if sdvg.target is None:
+            return torch.ones(batch, dtype=torch.bool), "draft-only"
+        if sdvg.drafter is None:
+            return torch.zeros(batch, dtype=torch.bool), "target-only"
+        if index == 0 and sdvg.force_first:
+            return torch.zeros(batch, dtype=torch.bool), "first"
+        if not needs_score(sdvg.router):
+            return sdvg.router(Draft(index, self.seed, self.sequences, None)), "router"
+        return None
+
+    def _needs_draft(self, decided: tuple[Tensor, str] | None) -> bool:
+        if self._drafter is None:
+            return False
+        # a drafter that goes on from its own drafts must make them all
+        return self.sdvg.drafter_cache == "own" or decided is None or bool(decided[0].any())
+
+    def _draft(self, index: int) -> Tensor:
+        """Return block `index` of the drafter, made now or ahead of its turn."""
+        drafter, sdvg = self._drafter, self.sdvg
+        blocks = self._drafts if sdvg.drafter_cache == "own" else self.latents
+        device = drafter.model.device
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for ahead in range(index, min(index + sdvg.run_ahead + 1, self.num_blocks)):
+                if ahead in self._drafts:
+                    continue
+                start = drafter.catch_up(ahead, None, blocks, self._clock)
+                with self._clock.stage("draft", len(self.prompts), device):
+                    draft = drafter.denoise(ahead, None, start, self.seed, self.sequences)
+                if self._stream is not None:
+                    self._drawn[ahead] = self._stream.record_event()
+                self._drafts[ahead] = draft
+        draft = self._drafts[index]
+        if self._stream is not None:
+            torch.cuda.current_stream(device).wait_event(self._drawn[index])
+            draft.record_stream(torch.cuda.current_stream(device))
+        self._require_finite(draft, index, "drafter")
+        return draft.to(self._device)
+
+    def _repair(self, index: int, rows: Tensor | None) -> Tensor:
+        """Return the target's block for `rows`, from the same noise as the draft."""
+        target = self._target
+        start = target.catch_up(index, rows, self.latents, self._clock)
+        batch = len(self.prompts) if rows is None else len(rows)
+        with self._clock.stage("target", batch, target.model.device):
+            latents = target.denoise(index, rows, start, self.seed, self.sequences)
+        self._require_finite(latents, index, "target")
+        return latents
+
+    def _decode(self, latents: Tensor, state: object) -> tuple[Tensor, object]:
+        with self._clock.stage("decode", len(latents), latents.device):
+            return self.sdvg.decoder.decode(latents, state)
+
+    def _score(self, frames: Tensor, index: int) -> Tensor:
+        with self._clock.stage("score", len(frames), frames.device):
+            try:
+                rewards = self.sdvg.scorer(frames, self.prompts)
+            except Exception as error:
+                raise RuntimeError(f"sdvg: the scorer failed at block {index}: {error}") from error
+        if rewards.shape != frames.shape[:2]:
+            raise ValueError(
+                f"sdvg: the scorer must return one reward a frame {list(frames.shape[:2])}, "
+                f"got {list(rewards.shape)} at block {index}"
+            )
+        return rewards
+
+    def _verdicts(
+        self, accept: Tensor, reason: str, rewards: Tensor | None = None
+    ) -> tuple[Verdict, ...]:
+        """Bring the decisions to the host: the loop's one wait for the device before it repairs."""
+        if tuple(accept.shape) != (len(self.prompts),):
+            raise ValueError(
+                f"sdvg: the router must return one decision a sequence [{len(self.prompts)}], "
+                f"got {list(accept.shape)}"
+            )
+        if rewards is None:
+            return tuple(Verdict(kept, None, reason) for kept in accept.tolist())
+        mean = getattr(self.sdvg.router, "aggregate", "min") == "mean"
+        score = rewards.mean(dim=1) if mean else rewards.amin(dim=1)
+        both = torch.stack([accept.to(score), score]).tolist()
+        return tuple(Verdict(bool(kept), value, reason) for kept, value in zip(*both, strict=True))
+
+    def _require_finite(self, latents: Tensor, index: int, model: str) -> None:
+        if not torch.isfinite(latents).all():
+            raise RuntimeError(f"sdvg: the {model} returned latents that are not finite at block {index}")
+
+    @property
+    def _device(self) -> torch.device:
+        """Where finished latents lie: with the model that repairs."""
+        return (self._target or self._drafter).model.device
+
+
+def needs_score(router: Router) -> bool:
+    """Return whether `router` looks at rewards; a plain callable does."""
+    return getattr(router, "needs_score", True)

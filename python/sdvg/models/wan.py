@@ -1,0 +1,293 @@
+"""diffusers' Wan transformer as a block-autoregressive model with a KV cache; no copy of the model.
+
+Two attention processors and a rotary embedding with an offset are put on a stock `WanTransformer3DModel`:
+self-attention writes its keys (after RoPE, at absolute frame positions, as Self-Forcing does) and values into
+the ring and attends to it block-causally; cross-attention projects the prompt once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdvg.cache import KVCache
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+class _Pass(NamedTuple):
+    """What the processors need to know of the forward that is running."""
+
+    start_frame: int
+    # int32 [b] of the sequences that take part; None: all of them
+    rows: Tensor | None
+    # int32 [b] committed and staged tokens
+    seqlens: Tensor
+
+
+class CausalWan:
+    """A `CausalModel` (see `sdvg.types`) around a stock `WanTransformer3DModel`.
+
+    Args:
+        transformer: the model; its self- and cross-attention processors and its RoPE are replaced.
+        encode: prompts -> text embeddings `[B, L, text_dim]`, zero past each prompt's true length.
+        height, width: of the latents; must be multiples of the patch size.
+        frames: latent frames of a block.
+        sink_frames: first latent frames, always seen and never evicted.
+        window_frames: how far back a block sees, itself included; None: everything, up to `max_frames`.
+        max_frames: without a window, how many latent frames a sequence may have.
+        write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes several passes.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a sequence longer than the cache.
+    """
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        encode: Callable[[Sequence[str]], Tensor],
+        *,
+        height: int,
+        width: int,
+        frames: int = 3,
+        sink_frames: int = 0,
+        window_frames: int | None = None,
+        max_frames: int = 21,
+        write_blocks: int = 4,
+    ) -> None:
+        config = transformer.config
+        patch_frames, patch_height, patch_width = config.patch_size
+        if patch_frames != 1 or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"wan: latents must be a multiple of the patch {tuple(config.patch_size)} with one frame a patch, "
+                f"got {height} x {width}"
+            )
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.block_shape = (frames, config.in_channels, height, width)
+        self.frame_tokens = (height // patch_height) * (width // patch_width)
+        self.sink_frames = sink_frames
+        self.window_frames = window_frames
+        self.max_frames = max_frames
+        self.write_blocks = write_blocks
+        self.receptive_frames = (
+            None if window_frames is None else config.num_layers * (window_frames - frames)
+        )
+        self._encode = encode
+        self.cache: KVCache | None = None
+        self.running: _Pass | None = None
+        self._install()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        return self.transformer.proj_out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's own dtype."""
+        return self.transformer.proj_out.weight.dtype
+
+    @torch.no_grad()
+    def start(self, prompts: Sequence[str]) -> None:
+        """Encode `prompts` and empty the cache for one sequence each."""
+        config = self.transformer.config
+        frames = self.block_shape[0]
+        # a block's own frames are part of the window, so a pass of n blocks needs n - 1 more
+        ring = self.max_frames
+        if self.window_frames is not None:
+            ring = self.sink_frames + self.window_frames + (self.write_blocks - 1) * frames
+        window = None if self.window_frames is None else self.window_frames * self.frame_tokens
+        self.cache = KVCache(
+            layers=config.num_layers,
+            batch=len(prompts),
+            slots=ring * self.frame_tokens,
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            block=frames * self.frame_tokens,
+            sink=self.sink_frames * self.frame_tokens,
+            window=window,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        text = self._encode(prompts).to(self.device, self.dtype)
+        embedded = self.transformer.condition_embedder.text_embedder(text)
+        for block in self.transformer.blocks:
+            block.attn2.processor.start(block.attn2, embedded)
+
+    def denoise(
+        self, latents: Tensor, timestep: float, *, start_frame: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Predict clean latents from noisy ones: `x_0 = x_t - sigma * v`, in float32 or wider."""
+        velocity = self._forward(latents, timestep, start_frame, rows)
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        return (latents.to(wide) - timestep / 1000 * velocity.to(wide)).to(latents.dtype)
+
+    def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+        """The clean pass: forward at timestep 0 and commit, `write_blocks` blocks at a time."""
+        for chunk in latents.split(self.write_blocks * self.block_shape[0], dim=1):
+            self._forward(chunk, 0.0, start_frame, rows)
+            self._commit(start_frame, chunk.shape[1], rows)
+            start_frame += chunk.shape[1]
+
+    def keep(self, *, start_frame: int, rows: Tensor | None = None) -> None:
+        """Commit what the last `denoise` at `start_frame` staged."""
+        self._commit(start_frame, self.block_shape[0], rows)
+
+    def _commit(self, start_frame: int, frames: int, rows: Tensor | None) -> None:
+        self.cache.seek(start_frame * self.frame_tokens, rows)
+        self.cache.commit(frames * self.frame_tokens, None if rows is None else rows.int())
+
+    @torch.no_grad()
+    def _forward(
+        self, latents: Tensor, timestep: float, start_frame: int, rows: Tensor | None
+    ) -> Tensor:
+        end = start_frame + latents.shape[1]
+        if self.window_frames is None and end > self.max_frames:
+            raise ValueError(
+                f"wan: a sequence must end within max_frames = {self.max_frames} latent frames, got {end}; "
+                "give the model a window to go on"
+            )
+        self.cache.seek(start_frame * self.frame_tokens, rows)
+        index = None if rows is None else rows.int()
+        lengths = self.cache.lengths if rows is None else self.cache.lengths[rows]
+        self.running = _Pass(start_frame, index, lengths + latents.shape[1] * self.frame_tokens)
+        hidden = latents.transpose(1, 2).to(self.dtype)
+        steps = torch.full((len(latents),), timestep, device=self.device)
+        # cross-attention holds the prompt already; an empty one passes through the embedder for nothing
+        text = hidden.new_empty((len(latents), 0, self.transformer.config.text_dim))
+        (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
+        return velocity.transpose(1, 2)
+
+    def _install(self) -> None:
+        processors: dict[str, object] = {}
+        for layer in range(len(self.transformer.blocks)):
+            processors[f"blocks.{layer}.attn1.processor"] = _SelfAttention(self, layer)
+            processors[f"blocks.{layer}.attn2.processor"] = _CrossAttention(self)
+        self.transformer.set_attn_processor(processors)
+        self.transformer.rope = _OffsetRope(self)
+
+
+class _OffsetRope(nn.Module):
+    """Wan's 3-D RoPE with the frame axis beginning at the running pass's `start_frame`."""
+
+    def __init__(self, model: CausalWan, theta: float = 10000.0) -> None:
+        super().__init__()
+        # not an attribute that nn.Module would register: the model holds the transformer that holds this
+        self._model = (model,)
+        head_dim = model.transformer.config.attention_head_dim
+        space = 2 * (head_dim // 6)
+        # radians per position for each pair of channels: frame, row, column (44, 42, 42 channels of 128)
+        self._rates = [
+            theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            for channels in (head_dim - 2 * space, space, space)
+        ]
+        self._key: tuple[object, ...] | None = None
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin `[1, T, 1, D / 2]` for the latents `[b, C, F, h, w]`, one entry a channel pair."""
+        (model,) = self._model
+        frames, height, width = hidden_states.shape[2:]
+        _, patch_height, patch_width = model.transformer.config.patch_size
+        start = model.running.start_frame
+        grid = (frames, height // patch_height, width // patch_width)
+        key = (start, grid, hidden_states.device, hidden_states.dtype)
+        if self._key != key:
+            axes = (torch.arange(start, start + grid[0]), torch.arange(grid[1]), torch.arange(grid[2]))
+            angles = [
+                torch.outer(positions.double(), rates)
+                for positions, rates in zip(axes, self._rates, strict=True)
+            ]
+            shapes = [(-1, 1, 1), (1, -1, 1), (1, 1, -1)]
+            full = [
+                angle.view(*shape, angle.shape[1]).expand(*grid, -1)
+                for angle, shape in zip(angles, shapes, strict=True)
+            ]
+            # [1, T, 1, D / 2]
+            table = torch.cat(full, dim=-1).flatten(0, 2)[None, :, None]
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            self._tables = tuple(
+                part.to(hidden_states.device, wide) for part in (table.cos(), table.sin())
+            )
+            self._key = key
+        return self._tables
+
+
+def _rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of `[b, T, H, D]`, in the tables' dtype."""
+    real, imaginary = tensor.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(pairs, dim=-1).flatten(-2).to(tensor.dtype)
+
+
+class _SelfAttention:
+    """QK-norm, RoPE, stage, attend: one layer's self-attention over the ring."""
+
+    # diffusers looks these up on every processor
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, model: CausalWan, layer: int) -> None:
+        self.model = model
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if getattr(attn, "fused_projections", False):
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = (
+                project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
+            )
+        query = _rotate(attn.norm_q(query).unflatten(2, (attn.heads, -1)), *rotary_emb)
+        key = _rotate(attn.norm_k(key).unflatten(2, (attn.heads, -1)), *rotary_emb)
+        value = value.unflatten(2, (attn.heads, -1))
+        cache, running = self.model.cache, self.model.running
+        cache.stage(self.layer, key, value, running.rows)
+        out = cache.attend(self.layer, query, running.seqlens, running.rows)
+        return attn.to_out[0](out.flatten(2))
+
+
+class _CrossAttention:
+    """Cross-attention whose K and V are projected once for each prompt."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, model: CausalWan) -> None:
+        self.model = model
+
+    def start(self, attn: nn.Module, text: Tensor) -> None:
+        """Project the embedded prompts `[B, L, dim]`."""
+        if getattr(attn, "fused_projections", False):
+            key, value = attn.to_kv(text).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(text), attn.to_v(text)
+        heads = (attn.heads, -1)
+        # [B, H, L, D]
+        self.key = attn.norm_k(key).unflatten(2, heads).transpose(1, 2)
+        self.value = value.unflatten(2, heads).transpose(1, 2)
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key, value, rows = self.key, self.value, self.model.running.rows
+        if rows is not None:
+            key, value = key[rows], value[rows]
+        out = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))

@@ -1,0 +1,39 @@
+"""Noise keyed by (seed, sequence, block, step), never by call order: what ran before leaves no trace.
+
+Drawn on the CPU from a counter-based generator (Philox 4x64; Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011), so that a video is the same on every device and every batch size.
+"""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from torch import Tensor
+
+# streams of one key: denoising steps count from 0, the others stay clear of them
+ROUTER_STREAM = 2**32
+
+
+def _generator(seed: int, sequence: int, block: int, stream: int) -> numpy.random.Generator:
+    # the low counter word counts draws, the others name the stream; a negative seed wraps like a C cast
+    counter = [0, stream, block, sequence]
+    return numpy.random.Generator(numpy.random.Philox(counter=counter, key=[seed % 2**64, 0]))
+
+
+def normal(
+    shape: tuple[int, ...], *, seed: int, sequences: tuple[int, ...], block: int, step: int
+) -> Tensor:
+    """Standard normal float32 noise `[len(sequences), *shape]` on the CPU."""
+    rows = [
+        _generator(seed, sequence, block, step).standard_normal(shape, dtype=numpy.float32)
+        for sequence in sequences
+    ]
+    return torch.from_numpy(numpy.stack(rows))
+
+
+def uniform(*, seed: int, sequences: tuple[int, ...], block: int) -> Tensor:
+    """One uniform float64 in [0, 1) for each sequence, for routers that draw."""
+    return torch.tensor(
+        [_generator(seed, sequence, block, ROUTER_STREAM).random() for sequence in sequences],
+        dtype=torch.float64,
+    )
