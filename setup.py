@@ -41,7 +41,9 @@ def find_nvcc() -> Path | None:
 
 def cuda_root(nvcc: Path) -> Path:
     """Return the toolkit's root as nvcc itself sees it: the nvcc on the PATH may be a wrapper."""
-    dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    dryrun = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
     return Path(top.group(1)).resolve() if top else nvcc.resolve().parent.parent
 
@@ -91,7 +93,9 @@ class BuildExtension(build_ext):
         build.mkdir(parents=True, exist_ok=True)
 
         def ask(*arguments: str) -> str:
-            return subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [nvcc, *arguments], capture_output=True, text=True, check=True
+            ).stdout
 
         version = re.search(r"V(\d+\.\d+\.\d+)", ask("--version"))
         archs = gencode(os.environ.get("SDVG_CUDA_ARCHS") or DEFAULT_ARCHS, ask("--list-gpu-arch"))
@@ -113,7 +117,12 @@ class BuildExtension(build_ext):
         if not (info := build / "build_info.h").exists() or info.read_text() != header:
             info.write_text(header)
 
-        includes = [*include_paths(), sysconfig.get_path("include"), str(root / "include"), str(build)]
+        includes = [
+            *include_paths(),
+            sysconfig.get_path("include"),
+            str(root / "include"),
+            str(build),
+        ]
         flags = [f"-I{path}" for path in dict.fromkeys(includes)]
         torch_lib = Path(torch.__file__).parent / "lib"
         cuda_libs = [f"-L{root / name}" for name in ("lib64", "lib") if (root / name).is_dir()]
@@ -164,7 +173,9 @@ def ninja() -> list[str]:
 def extensions() -> list[Extension]:
     """Return the extension, or nothing and one line that says why."""
     if not (reason := missing()):
-        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c[up]*") if p.suffix != ".cuh")
+        sources = sorted(
+            str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c[up]*") if p.suffix != ".cuh"
+        )
         return [Extension("sdvg_kernels._C", sources)]
     if os.environ.get("SDVG_FORCE_CUDA") == "1":
         raise SetupError(f"SDVG_FORCE_CUDA=1, but sdvg_kernels._C cannot be built: {reason}")

@@ -80,3 +80,39 @@ define(
         frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.float32),
     ),
 )
+
+
+# cache: every list holds one tensor [layers, ...] or one tensor per layer; an empty undo means none is kept
+
+_CACHES = "Tensor(a!)[] k_cache, Tensor(b!)[] v_cache"
+
+
+def _mutates(*_: object) -> None:
+    """Return nothing: the fake of an op that only writes to its arguments."""
+
+
+define(
+    f"stage_({_CACHES}, Tensor[] key, Tensor[] value, Tensor lengths, Tensor? batch_idx,"
+    " Tensor(c!)[] undo_k, Tensor(d!)[] undo_v, int sink) -> ()",
+    _mutates,
+    host_lane=True,
+)
+define(
+    "commit_(Tensor(a!) lengths, Tensor accept, Tensor? batch_idx, int count) -> ()",
+    _mutates,
+    host_lane=True,
+)
+define(
+    f"rollback_({_CACHES}, Tensor lengths, Tensor accept, Tensor[] undo_k, Tensor[] undo_v,"
+    " Tensor? batch_idx, int sink) -> ()",
+    _mutates,
+    host_lane=True,
+)
+define(
+    f"compact_({_CACHES}, Tensor(c!) lengths, Tensor path, Tensor? batch_idx, int sink) -> ()",
+    _mutates,
+    host_lane=True,
+)
+define(
+    "select_(Tensor accept, Tensor(a!)[] draft, Tensor[] other) -> ()", _mutates, host_lane=True
+)
