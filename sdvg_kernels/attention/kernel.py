@@ -1,0 +1,456 @@
+"""`block_causal_attention` in Triton: one portable kernel, and one that combines splits.
+
+A program owns a tile of BT query rows of one head and walks key tiles with the online softmax
+
+    m' = max(m, max_s x)    l' = l 2^(m - m') + sum_s 2^(x - m')    o' = o 2^(m - m') + 2^(x - m') V
+
+in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The tiles are logical: those of the
+sink, and those from the first token that some row of the tile sees to the last. The order of keys does not matter to a
+softmax, so the tiles are renumbered: first the *edges*, where some row misses some key and every key is masked; then the
+*interior*, where nothing is. A split is a run of that numbering. Slots are found per tile: a tile wraps at most once.
+
+Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from sdvg_kernels.attention import config
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+# bf16 dots are wrong in Triton's interpreter: it upcasts them
+_INTERPRETED = triton.knobs.runtime.interpret
+# lengths, windows and their differences stay within int32
+_NO_WINDOW = 2**30
+
+
+@triton.jit
+def _attend(
+    b_q,
+    b_m,
+    b_l,
+    b_o,
+    p_k,
+    p_v,
+    stride_ks,
+    stride_vs,
+    t0,
+    t_low,
+    t_high,
+    o_end,
+    o_begin,
+    sink,
+    window,
+    S,
+    scale,
+    bias,
+    bias_start,
+    bias_stop,
+    BS: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_TO_BLOCK: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
+):
+    """Fold the tile of logical tokens [t0, t0 + BS) into the running softmax; [t_low, t_high) bounds it if MASKED."""
+    # [BS]
+    o_t = t0 + tl.arange(0, BS)
+    # the whole tile is in the sink or in the ring: where a sink tile runs past the sink it is masked, or nothing wraps
+    slot0 = tl.where(t0 < sink, t0, sink + (t0 - sink) % (S - sink))
+    o_s = slot0 + tl.arange(0, BS)
+    o_s = tl.where(o_s >= S, o_s - (S - sink), o_s).to(tl.int64)
+    o_d = tl.arange(0, D)
+    # [BS, D]
+    p_kt = p_k + o_s[:, None] * stride_ks + o_d[None, :]
+    p_vt = p_v + o_s[:, None] * stride_vs + o_d[None, :]
+    if MASKED:
+        m_s = (o_t >= t_low) & (o_t < t_high)
+        b_k = tl.load(p_kt, mask=m_s[:, None], other=0.0)
+        b_v = tl.load(p_vt, mask=m_s[:, None], other=0.0)
+    else:
+        b_k = tl.load(p_kt)
+        b_v = tl.load(p_vt)
+
+    # [BT, BS]
+    if UPCAST_DOT:
+        b_x = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32)), input_precision="ieee")
+    else:
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_x = b_x * scale
+    if HAS_BIAS:
+        if BIAS_TO_BLOCK:
+            m_b = (o_t[None, :] >= bias_start) & (o_t[None, :] < o_begin[:, None])
+        else:
+            m_b = ((o_t >= bias_start) & (o_t < bias_stop))[None, :]
+        b_x += tl.where(m_b, bias, 0.0)
+    if MASKED:
+        m_w = (o_t[None, :] < sink) | (o_t[None, :] >= o_end[:, None] - window)
+        b_x = tl.where(m_s[None, :] & (o_t[None, :] < o_end[:, None]) & m_w, b_x, float("-inf"))
+
+    # [BT]
+    b_n = tl.maximum(b_m, tl.max(b_x, 1))
+    # a row that has seen nothing yet: -inf - -inf is NaN
+    b_z = tl.where(b_n == float("-inf"), 0.0, b_n) if MASKED else b_n
+    b_p = tl.exp2(b_x - b_z[:, None])
+    b_a = tl.exp2(b_m - b_z)
+    b_l = b_l * b_a + tl.sum(b_p, 1)
+    b_o = b_o * b_a[:, None]
+    if UPCAST_DOT:
+        b_p = b_p.to(b_v.dtype).to(tl.float32)
+        b_o = tl.dot(b_p, b_v.to(tl.float32), b_o, input_precision="ieee")
+    else:
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
+    return b_n, b_l, b_o
+
+
+@triton.jit
+def attention_kernel(
+    query,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    cache_batch_idx,
+    out,
+    lse,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_on,
+    B,
+    T,
+    S,
+    H,
+    block_size,
+    sink,
+    window,
+    scale,
+    bias,
+    bias_start,
+    bias_stop,
+    num_splits,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_TO_BLOCK: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
+):
+    """Write out [B, T, H, D] and lse [B, H, T]; with splits, float32 partials [NS, B, T, H, D] and [NS, B, H, T]."""
+    # query tiles of one head are neighbours: they share its keys in L2
+    n_t = tl.cdiv(T, BT)
+    i_t = tl.program_id(0) % n_t
+    i_n = (tl.program_id(0) // n_t) % num_splits
+    i_bh = tl.program_id(0) // (n_t * num_splits)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    L = tl.load(cache_seqlens + i_b)
+    # [BT]
+    o_i = i_t * BT + tl.arange(0, BT)
+    m_i = o_i < T
+    # first token and end of each row's block, and of the tile's first and last
+    o_begin = L - T + (o_i // block_size) * block_size
+    o_end = tl.minimum(L, o_begin + block_size)
+    i_last = tl.minimum(i_t * BT + BT, T) - 1
+    e_first = tl.minimum(L, L - T + (i_t * BT // block_size + 1) * block_size)
+    e_last = tl.minimum(L, L - T + (i_last // block_size + 1) * block_size)
+
+    # tokens that some row sees: [0, sink_high) and [low, e_last); one range where they touch
+    low = tl.maximum(sink, tl.maximum(L - (S - sink), e_first - window))
+    sink_high = tl.minimum(sink, e_last)
+    low = tl.where(low == sink, 0, low)
+    n_sink = tl.where(low == 0, 0, tl.cdiv(tl.maximum(sink_high, 0), BS))
+    n_ring = tl.cdiv(tl.maximum(e_last - low, 0), BS)
+    # tiles of the second range that every row sees entirely: [first, stop)
+    first = tl.minimum(tl.cdiv(tl.maximum(e_last - window - low, 0), BS), n_ring)
+    stop = tl.maximum(tl.maximum(e_first - low, 0) // BS, first)
+    n_edge = n_sink + first + n_ring - stop
+    n_tile = n_sink + n_ring
+    share = tl.cdiv(n_tile, num_splits)
+    u_first = i_n * share
+    u_stop = tl.minimum(u_first + share, n_tile)
+
+    o_d = tl.arange(0, D)
+    i_c = i_b
+    if HAS_INDEX:
+        i_c = tl.load(cache_batch_idx + i_b)
+    i_c = i_c.to(tl.int64)
+    i_g = (i_h // GROUP).to(tl.int64)
+    p_k = k_cache + i_c * stride_kb + i_g * stride_kh
+    p_v = v_cache + i_c * stride_vb + i_g * stride_vh
+    # [BT, D]
+    p_q = query + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    p_q += o_i.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_i[:, None], other=0.0)
+
+    b_m = tl.full([BT], float("-inf"), tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    b_o = tl.zeros([BT, D], tl.float32)
+    for u in range(u_first, tl.minimum(u_stop, n_edge)):
+        ring = tl.where(u < n_sink + first, u - n_sink, u - n_sink - first + stop)
+        in_sink = u < n_sink
+        b_m, b_l, b_o = _attend(
+            b_q,
+            b_m,
+            b_l,
+            b_o,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            tl.where(in_sink, u * BS, low + ring * BS),
+            tl.where(in_sink, 0, low),
+            tl.where(in_sink, sink_high, e_last),
+            o_end,
+            o_begin,
+            sink,
+            window,
+            S,
+            scale,
+            bias,
+            bias_start,
+            bias_stop,
+            BS,
+            D,
+            True,
+            HAS_BIAS,
+            BIAS_TO_BLOCK,
+            UPCAST_DOT,
+        )
+    for u in range(tl.maximum(u_first, n_edge), u_stop):
+        b_m, b_l, b_o = _attend(
+            b_q,
+            b_m,
+            b_l,
+            b_o,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            low + (u - n_edge + first) * BS,
+            0,
+            0,
+            o_end,
+            o_begin,
+            sink,
+            window,
+            S,
+            scale,
+            bias,
+            bias_start,
+            bias_stop,
+            BS,
+            D,
+            False,
+            HAS_BIAS,
+            BIAS_TO_BLOCK,
+            UPCAST_DOT,
+        )
+
+    # rows before the sequence see nothing
+    m_seen = (b_l != 0.0) & (L - T + o_i >= 0)
+    b_l = tl.where(m_seen, b_l, 1.0)
+    b_o = tl.where(m_seen[:, None], b_o / b_l[:, None], 0.0)
+    p_o = out + i_n.to(tl.int64) * stride_on + i_b.to(tl.int64) * stride_ob
+    p_o += i_h.to(tl.int64) * stride_oh + o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
+    tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_i[:, None])
+    if HAS_LSE:
+        b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
+        p_lse = lse + ((i_n.to(tl.int64) * B + i_b) * H + i_h) * T + o_i
+        tl.store(p_lse, b_lse, mask=m_i)
+
+
+@triton.jit
+def combine_kernel(
+    part,
+    part_lse,
+    out,
+    lse,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    B,
+    T,
+    H,
+    num_splits,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """Combine part [NS, B, T, H, D] and part_lse [NS, B, H, T] into out [B, T, H, D] and lse [B, H, T]."""
+    n_t = tl.cdiv(T, BT)
+    i_t = tl.program_id(0) % n_t
+    i_bh = tl.program_id(0) // n_t
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = (i_bh % H).to(tl.int64)
+    # [BT]
+    o_i = i_t * BT + tl.arange(0, BT)
+    m_i = o_i < T
+    o_d = tl.arange(0, D)
+
+    b_m = tl.full([BT], float("-inf"), tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    # [BT, D]
+    b_o = tl.zeros([BT, D], tl.float32)
+    for i_n in range(num_splits):
+        i_nb = tl.cast(i_n, tl.int64) * B + i_b
+        b_x = tl.load(part_lse + (i_nb * H + i_h) * T + o_i, mask=m_i, other=float("-inf"))
+        p_p = part + ((i_nb * T + o_i[:, None]) * H + i_h) * D + o_d[None, :]
+        b_n = tl.maximum(b_m, b_x)
+        b_z = tl.where(b_n == float("-inf"), 0.0, b_n)
+        b_a = tl.exp2((b_m - b_z) * _LOG2E)
+        b_w = tl.exp2((b_x - b_z) * _LOG2E)
+        b_l = b_l * b_a + b_w
+        b_o = b_o * b_a[:, None] + b_w[:, None] * tl.load(p_p, mask=m_i[:, None], other=0.0)
+        b_m = b_n
+
+    m_seen = b_l != 0.0
+    b_l = tl.where(m_seen, b_l, 1.0)
+    p_o = out + i_b * stride_ob + i_h * stride_oh
+    p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
+    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None])
+    if HAS_LSE:
+        b_lse = tl.where(m_seen, b_m + tl.log2(b_l) * _LN2, float("-inf"))
+        tl.store(lse + (i_b * H + i_h) * T + o_i, b_lse, mask=m_i)
+
+
+def block_causal_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    block_size: int | None,
+    sink: int,
+    window: int | None,
+    cache_batch_idx: torch.Tensor | None,
+    softmax_scale: float,
+    bias: float | None,
+    bias_start: int,
+    bias_stop: int | None,
+    return_lse: bool,
+    num_splits: int | None,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out [B, T, H, D] in query's dtype, lse [B, H, T] float32, or [0] without `return_lse`)."""
+    batch, rows, heads, dim = query.shape
+    size, heads_cached = k_cache.shape[1:3]
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    launch = config.choose(_capability(query.device), dim, query.dtype, rows)
+    tiles = batch * heads * triton.cdiv(rows, launch.BT)
+    if num_splits is None:
+        seen = size if window is None else min(size, sink + window + rows)
+        num_splits = config.splits(tiles, triton.cdiv(seen, launch.BS), _processors(query.device))
+
+    partial, partial_lse = out, lse
+    if num_splits > 1:
+        partial = query.new_empty((num_splits, batch, rows, heads, dim), dtype=torch.float32)
+        partial_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
+    with _on(query.device):
+        attention_kernel[(tiles * num_splits,)](
+            query=query,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            out=partial,
+            lse=partial_lse,
+            stride_qb=query.stride(0),
+            stride_qt=query.stride(1),
+            stride_qh=query.stride(2),
+            stride_kb=k_cache.stride(0),
+            stride_ks=k_cache.stride(1),
+            stride_kh=k_cache.stride(2),
+            stride_vb=v_cache.stride(0),
+            stride_vs=v_cache.stride(1),
+            stride_vh=v_cache.stride(2),
+            stride_ob=partial.stride(-4),
+            stride_ot=partial.stride(-3),
+            stride_oh=partial.stride(-2),
+            stride_on=partial.stride(0) if num_splits > 1 else 0,
+            B=batch,
+            T=rows,
+            S=size,
+            H=heads,
+            block_size=rows if block_size is None else min(block_size, rows),
+            sink=sink,
+            window=_NO_WINDOW if window is None else min(window, _NO_WINDOW),
+            scale=softmax_scale * _LOG2E.value,
+            bias=(bias or 0.0) * _LOG2E.value,
+            bias_start=bias_start,
+            bias_stop=bias_stop or 0,
+            num_splits=num_splits,
+            GROUP=heads // heads_cached,
+            D=dim,
+            BT=launch.BT,
+            BS=launch.BS,
+            HAS_INDEX=cache_batch_idx is not None,
+            HAS_LSE=return_lse or num_splits > 1,
+            HAS_BIAS=bias is not None,
+            BIAS_TO_BLOCK=bias_stop is None,
+            UPCAST_DOT=_INTERPRETED and query.dtype == torch.bfloat16,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        if num_splits > 1:
+            combine = config.COMBINE
+            combine_kernel[(batch * heads * triton.cdiv(rows, combine.BT),)](
+                part=partial,
+                part_lse=partial_lse,
+                out=out,
+                lse=lse,
+                stride_ob=out.stride(0),
+                stride_ot=out.stride(1),
+                stride_oh=out.stride(2),
+                B=batch,
+                T=rows,
+                H=heads,
+                num_splits=num_splits,
+                D=dim,
+                BT=combine.BT,
+                HAS_LSE=return_lse,
+                num_warps=combine.num_warps,
+                num_stages=combine.num_stages,
+            )
+    return out, lse
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which Triton launches on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
