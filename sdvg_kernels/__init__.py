@@ -23,7 +23,7 @@ _EXPORTS = {
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 
-__all__ = [*_EXPORTS, "implementations"]
+__all__ = [*_EXPORTS, "build_info", "implementations"]
 
 
 def __getattr__(name: str) -> object:
@@ -42,3 +42,9 @@ def implementations() -> dict[str, dict[str, str]]:
     """Return, for each op, its implementations in order of preference here: name -> "" or why it is not available."""
     rooms = (importlib.import_module(f"sdvg_kernels.{op}.api") for op in _OPS)
     return {op: room.implementations() for op, room in zip(_OPS, rooms, strict=True)}
+
+
+def build_info() -> dict[str, str]:
+    """Return what the extension was built with (nvcc, architectures, flags, versions), or {"missing": why}."""
+    extension, reason = importlib.import_module("sdvg_kernels._ops").load_extension()
+    return {"missing": reason} if extension is None else dict(extension.build_info())
