@@ -1,17 +1,18 @@
 """Builds `sdvg_kernels._C` from csrc/ with nvcc, for torch's stable ABI.
 
-torch's own CUDAExtension needs a CUDA build of torch; this needs only nvcc and torch's headers, and what it
-builds loads under torch 2.11 and later, with CUDA or without. Environment:
+torch's own CUDAExtension needs a CUDA build of torch; this needs only nvcc and torch's headers, and
+what it builds loads under torch 2.11 and later, with CUDA or without. Environment:
 
     SDVG_SKIP_CUDA_BUILD=1   install pure Python
-    SDVG_FORCE_CUDA=1        an error, instead of a pure-Python install, where the extension cannot be built
-    SDVG_CUDA_ARCHS          what to compile for (default "80+PTX;90a;100a", as far as nvcc knows them)
+    SDVG_FORCE_CUDA=1        where the extension cannot be built, fail instead
+    SDVG_CUDA_ARCHS          what to compile for (default "80+PTX;90a;100a", if nvcc knows them)
     CUDA_HOME, CUDA_PATH     where CUDA is             MAX_JOBS   parallel compilations
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shlex
@@ -49,14 +50,14 @@ def cuda_root(nvcc: Path) -> Path:
 
 
 def gencode(archs: str, known: str) -> list[str]:
-    """Return nvcc's -gencode flags for e.g. "80+PTX;90a"; a default arch that nvcc does not know is left out."""
+    """Return nvcc's -gencode flags for e.g. "80+PTX;90a"; of the default, those that it knows."""
     flags = []
     for arch in re.split(r"[;,\s]+", archs.strip()):
         match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d*[af]?)(\+PTX)?", arch)
         if match is None:
             raise SetupError(f"SDVG_CUDA_ARCHS must be like {DEFAULT_ARCHS!r}, got {archs!r}")
         number = match[1] + match[2]
-        if archs == DEFAULT_ARCHS and f"compute_{number}" not in known:
+        if archs == DEFAULT_ARCHS and f"compute_{match[1]}" not in known.split():
             continue
         targets = [f"sm_{number}"] + ([f"compute_{number}"] if match[3] else [])
         flags += [f"-gencode=arch=compute_{number},code={target}" for target in targets]
@@ -72,12 +73,18 @@ def missing() -> str:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not importable at build time (install it first, then use --no-build-isolation)"
+        return "torch is not importable (install it first, then use --no-build-isolation)"
     return ""
 
 
 class BuildExtension(build_ext):
     """Compiles with nvcc and the host compiler, through ninja: in parallel, and only what changed."""
+
+    def run(self) -> None:
+        """Build all extensions; in place, the objects outlive the call, for the next one's sake."""
+        if self.inplace:
+            self.build_temp = str(ROOT / "build" / "csrc")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension; a compiler's own message is in the error."""
@@ -87,9 +94,7 @@ class BuildExtension(build_ext):
         nvcc = find_nvcc()
         assert nvcc is not None
         root = cuda_root(nvcc)
-        # in place, the objects outlive the call, so that the next one compiles only what changed
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        build = (ROOT / "build" / "csrc" if in_place else Path(self.build_temp)).resolve()
+        build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
 
         def ask(*arguments: str) -> str:
@@ -108,12 +113,14 @@ class BuildExtension(build_ext):
 
         facts = {
             "nvcc": version[1] if version else "unknown",
-            "archs": " ".join(re.findall(r"code=(\w+)", " ".join(archs))),
+            "archs": " ".join(re.findall(r",code=(\w+)", " ".join(archs))),
             "flags": shlex.join(cuda),
             "torch": torch.__version__,
             "stable_abi": STABLE_ABI,
         }
-        header = "".join(f'#define SDVG_BUILD_{k.upper()} "{v}"\n' for k, v in facts.items())
+        header = "".join(
+            f"#define SDVG_BUILD_{k.upper()} {json.dumps(v)}\n" for k, v in facts.items()
+        )
         if not (info := build / "build_info.h").exists() or info.read_text() != header:
             info.write_text(header)
 
@@ -126,24 +133,30 @@ class BuildExtension(build_ext):
         flags = [f"-I{path}" for path in dict.fromkeys(includes)]
         torch_lib = Path(torch.__file__).parent / "lib"
         cuda_libs = [f"-L{root / name}" for name in ("lib64", "lib") if (root / name).is_dir()]
-        # no rpath: Python has imported torch, whichever it is, before this loads. libtorch must be needed by
-        # name, or the weak stream symbol stays null under a CUDA torch
+        # no rpath: Python has imported torch, whichever it is, before this loads. libtorch must be
+        # needed by name, or the weak stream symbol stays null under a CUDA torch
         link = [f"-L{torch_lib}", *cuda_libs, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         link += ["-lc10", "-ltorch_cpu", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         cxx = os.environ.get("CXX", "c++")
 
         rules = [
-            f"rule cuda\n  command = {nvcc} {shlex.join(cuda + flags)} -MMD -MF $out.d -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
-            f"rule host\n  command = {cxx} {shlex.join(host + flags)} -MMD -MF $out.d -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
-            f"rule link\n  command = {cxx} -shared $in -o $out {shlex.join(link)}\n  description = link $out",
+            f"rule {name}\n  command = {command} -MMD -MF $out.d -c $in -o $out\n"
+            f"  depfile = $out.d\n  deps = gcc\n  description = compiling $in with {name}"
+            for name, command in (
+                ("nvcc", shlex.join([str(nvcc), *cuda, *flags])),
+                ("host", f"{cxx} {shlex.join(host + flags)}"),
+            )
         ]
+        rules.append(
+            f"rule link\n  command = {cxx} -shared $in -o $out {shlex.join(link)}\n"
+            "  description = linking $out"
+        )
         objects = []
         for source in sorted(ext.sources):
-            rule = "cuda" if source.endswith(".cu") else "host"
+            rule = "nvcc" if source.endswith(".cu") else "host"
             objects.append(f"{Path(source).stem}.o")
-            rules.append(f"build {objects[-1]}: {rule} {ROOT / source}")
+            path = str(ROOT / source).replace(" ", "$ ")
+            rules.append(f"build {objects[-1]}: {rule} {path}")
         rules.append(f"build _C.so: link {' '.join(objects)}\n")
         (build / "build.ninja").write_text("ninja_required_version = 1.5\n" + "\n".join(rules))
 
@@ -173,10 +186,8 @@ def ninja() -> list[str]:
 def extensions() -> list[Extension]:
     """Return the extension, or nothing and one line that says why."""
     if not (reason := missing()):
-        sources = sorted(
-            str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c[up]*") if p.suffix != ".cuh"
-        )
-        return [Extension("sdvg_kernels._C", sources)]
+        sources = [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cpp")]
+        return [Extension("sdvg_kernels._C", sorted(str(p.relative_to(ROOT)) for p in sources))]
     if os.environ.get("SDVG_FORCE_CUDA") == "1":
         raise SetupError(f"SDVG_FORCE_CUDA=1, but sdvg_kernels._C cannot be built: {reason}")
     print(f"sdvg: pure-Python install, without the CUDA kernels: {reason}", file=sys.stderr)

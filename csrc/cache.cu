@@ -1,0 +1,513 @@
+// Stage, commit, rollback, compact and select: key/value caches changed in place, all layers in one
+// launch.
+//
+// A cache is a ring after a sink: token t is in slot t if t < sink, else sink + (t - sink) % (S -
+// sink). Rows are moved as bytes, whatever the dtype. Lengths and decisions are read on the device.
+// The layers' pointers travel in the launch's parameters: nothing is uploaded, and a captured graph
+// replays.
+//
+// Copies are bound by memory: a thread has kUnroll loads of up to 16 bytes in flight before its
+// first store, and a block moves 16 KiB, so that even one layer of a small block fills the machine.
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "lanes.cuh"
+#include "vec.cuh"
+
+namespace sdvg {
+namespace {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+constexpr uint32_t kUnroll = 4;
+// layers, or tensors, of one launch: what fits in 4 KiB of parameters; more of them take another
+// launch
+constexpr int kLayers = 64;
+// shared memory that every architecture gives a block without asking
+constexpr uint32_t kSharedBytes = 48 << 10;
+
+// --- parameters ---
+
+struct Ring {
+  int32_t sink;
+  int32_t size;  // S - sink
+
+  // slot of token `length + row` is sink + wrap(start(length) + row), for row < size
+  __host__ __device__ int32_t start(int32_t length) const {
+    return length < sink ? length - sink : (length - sink) % size;
+  }
+  __host__ __device__ int32_t wrap(int32_t place) const {
+    return sink + (place >= size ? place - size : place);
+  }
+};
+
+// which sequences a launch is about, and their lengths
+struct Sequences {
+  int32_t* lengths;
+  const void* batch_idx;  // null: all in order
+  bool wide;              // batch_idx is int64
+  int64_t count;          // B
+
+  __host__ __device__ int64_t operator[](uint32_t i) const {
+    if (batch_idx == nullptr) return i;
+    const int64_t b = wide ? static_cast<const int64_t*>(batch_idx)[i]
+                           : static_cast<const int32_t*>(batch_idx)[i];
+    SDVG_DEVICE_CHECK(b >= 0 && b < count, "batch_idx must name sequences of the cache");
+    return b;
+  }
+  __host__ __device__ int32_t length(int64_t b) const {
+    SDVG_DEVICE_CHECK(lengths[b] >= 0, "lengths must be at least 0");
+    return lengths[b];
+  }
+};
+
+// rows [b, t] of every layer; strides in bytes
+struct Rows {
+  uint8_t* layer[kLayers];
+  int64_t stride_b;
+  int64_t stride_t;
+
+  __host__ __device__ uint8_t* row(uint32_t i_layer, int64_t b, int64_t t) const {
+    return layer[i_layer] + b * stride_b + t * stride_t;
+  }
+};
+
+// --- kernels ---
+
+// cache[b, length + t] = rows[i, t], where accept[i] is not set; what was there goes to saved[i, t]
+// grid: (tiles of a sequence's rows, sequences, layers x {K, V})
+template <class Vec>
+struct MoveRows {
+  static constexpr int kPhases = 1;
+
+  Rows cache[2], rows[2], saved[2];
+  Sequences sequences;
+  Ring ring;
+  const bool* accept;  // null: none is
+  bool save;
+  uint32_t row_vectors;
+  uint32_t vectors;  // of a sequence's rows
+
+  template <int>
+  __host__ __device__ void phase(Place at, uint8_t*) const {
+    const uint32_t i = at.block.y, layer = at.block.z >> 1, side = at.block.z & 1;
+    if (accept != nullptr && accept[i]) return;
+    const int64_t b = sequences[i];
+    const int32_t start = ring.start(sequences.length(b));
+    const uint32_t first = at.block.x * (kThreads * kUnroll) + at.thread;
+
+    Vec fresh[kUnroll], old[kUnroll];
+    uint8_t* target[kUnroll];
+#pragma unroll
+    for (uint32_t j = 0; j < kUnroll; ++j) {
+      const uint32_t v = first + j * kThreads;
+      if (v >= vectors) break;
+      const uint32_t t = v / row_vectors, byte = v % row_vectors * sizeof(Vec);
+      target[j] = cache[side].row(layer, b, ring.wrap(start + static_cast<int32_t>(t))) + byte;
+      fresh[j] = load<Vec>(rows[side].row(layer, i, t) + byte);
+      if (save) old[j] = load<Vec>(target[j]);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kUnroll; ++j) {
+      const uint32_t v = first + j * kThreads;
+      if (v >= vectors) break;
+      const uint32_t t = v / row_vectors, byte = v % row_vectors * sizeof(Vec);
+      if (save) store(saved[side].row(layer, i, t) + byte, old[j]);
+      store(target[j], fresh[j]);
+    }
+  }
+};
+
+// cache[b, length + p] = cache[b, length + path[i, p]]: a block owns some columns of all rows of a
+// sequence's path, and reads every one into shared memory before it writes any grid: (tiles of
+// columns, sequences, layers x {K, V})
+template <class Vec>
+struct CompactRows {
+  static constexpr int kPhases = 2;
+
+  Rows cache[2];
+  Sequences sequences;
+  Ring ring;
+  const int32_t* path;
+  int64_t path_stride;
+  uint32_t path_length;
+  uint32_t row_vectors;
+  uint32_t columns_log2;  // of a block
+
+  template <int kPhase>
+  __host__ __device__ void phase(Place at, uint8_t* shared) const {
+    const uint32_t i = at.block.y, layer = at.block.z >> 1, side = at.block.z & 1;
+    const int64_t b = sequences[i];
+    const int32_t start = ring.start(sequences.length(b));
+    Vec* const staged = reinterpret_cast<Vec*>(shared);
+    for (uint32_t e = at.thread; e < path_length << columns_log2; e += kThreads) {
+      const uint32_t p = e >> columns_log2;
+      const uint32_t column = (at.block.x << columns_log2) + (e & ((1u << columns_log2) - 1));
+      const int32_t from = path[i * path_stride + p];
+      if (column >= row_vectors || from < 0 || from == static_cast<int32_t>(p)) continue;
+      SDVG_DEVICE_CHECK(from < ring.size, "path must stay within the ring");
+      const int32_t place = start + (kPhase == 0 ? from : static_cast<int32_t>(p));
+      uint8_t* const row = cache[side].row(layer, b, ring.wrap(place)) + column * sizeof(Vec);
+      if constexpr (kPhase == 0)
+        staged[e] = load<Vec>(row);
+      else
+        store(row, staged[e]);
+    }
+  }
+};
+
+// lengths[b] += count where accept[i], or += the valid entries of path[i]; one thread a sequence
+struct Advance {
+  static constexpr int kPhases = 1;
+
+  Sequences sequences;
+  const bool* accept;  // null: by path
+  const int32_t* path;
+  int64_t path_stride;
+  uint32_t path_length;
+  int32_t count;
+  uint32_t size;  // b
+
+  template <int>
+  __host__ __device__ void phase(Place at, uint8_t*) const {
+    const uint32_t i = at.block.x * kThreads + at.thread;
+    if (i >= size) return;
+    int32_t advance = 0;
+    if (accept != nullptr)
+      advance = accept[i] ? count : 0;
+    else
+      for (uint32_t p = 0; p < path_length; ++p) advance += path[i * path_stride + p] >= 0;
+    sequences.lengths[sequences[i]] += advance;
+  }
+};
+
+// draft[n][b] = other[n][b] where accept[b] is not set
+// grid: (tiles of all tensors' rows, sequences)
+struct SelectRows {
+  static constexpr int kPhases = 1;
+
+  struct Item {
+    uint8_t* draft;
+    const uint8_t* other;
+    int64_t draft_stride, other_stride;  // of a sequence, in bytes
+    int64_t vectors;                     // of a row
+    uint32_t width;                      // bytes of a vector
+    uint32_t first_tile;
+  };
+  Item item[kLayers];
+  int items;
+  const bool* accept;
+
+  template <int>
+  __host__ __device__ void phase(Place at, uint8_t*) const {
+    const uint32_t b = at.block.y;
+    if (accept[b]) return;
+    int low = 0;
+    for (int high = items; high - low > 1;) {
+      const int middle = (low + high) / 2;
+      (item[middle].first_tile <= at.block.x ? low : high) = middle;
+    }
+    const Item& it = item[low];
+    uint8_t* const draft = it.draft + b * it.draft_stride;
+    const uint8_t* const other = it.other + b * it.other_stride;
+    const int64_t first =
+        static_cast<int64_t>(at.block.x - it.first_tile) * (kThreads * kUnroll) + at.thread;
+    with_vector(it.width, [&]<class Vec>(Vec) {
+      Vec taken[kUnroll];
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j)
+        if (const int64_t v = first + j * kThreads; v < it.vectors)
+          taken[j] = load<Vec>(other + v * sizeof(Vec));
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j)
+        if (const int64_t v = first + j * kThreads; v < it.vectors)
+          store(draft + v * sizeof(Vec), taken[j]);
+    });
+  }
+};
+
+// --- what the tensors say ---
+
+// one tensor [layers, b, T, H, D], or one [b, T, H, D] per layer
+struct Layers {
+  std::vector<uint8_t*> layer;
+  int64_t b, t, row_bytes, stride_b, stride_t;
+
+  Layers(const char* op, const char* name, const Tensors& tensors) {
+    SDVG_CHECK(!tensors.empty(), op, name, " must hold at least one tensor");
+    const Tensor& first = tensors[0];
+    const int64_t item = static_cast<int64_t>(first.element_size()), dims = first.dim();
+    SDVG_CHECK(dims == 4 || (dims == 5 && tensors.size() == 1), op, name,
+               " must be one [layers, B, S, H, D] or one [B, S, H, D] per layer");
+    const int64_t heads = first.size(dims - 2), width = first.size(dims - 1);
+    SDVG_CHECK((width == 1 || first.stride(dims - 1) == 1) &&
+                   (heads == 1 || first.stride(dims - 2) == width),
+               op, name, " must have contiguous [H, D]");
+    b = first.size(dims - 4);
+    t = first.size(dims - 3);
+    row_bytes = heads * width * item;
+    // the stride of a dimension of size 1 is arbitrary, and would spoil the alignment
+    stride_b = b == 1 ? 0 : first.stride(dims - 4) * item;
+    stride_t = t == 1 ? 0 : first.stride(dims - 3) * item;
+    if (dims == 5) {
+      auto* const base = static_cast<uint8_t*>(first.data_ptr());
+      const int64_t stride = first.stride(0) * item;
+      for (int64_t i = 0; i < first.size(0); ++i) layer.push_back(base + i * stride);
+      return;
+    }
+    for (const Tensor& tensor : tensors) {
+      bool alike = tensor.dim() == 4 && tensor.element_size() == first.element_size();
+      for (int64_t d = 0; alike && d < 4; ++d)
+        alike = tensor.size(d) == first.size(d) &&
+                (first.size(d) == 1 || tensor.stride(d) == first.stride(d));
+      SDVG_CHECK(alike, op, name, " must have layers of one shape, dtype and strides");
+      layer.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
+    }
+  }
+
+  void add_to(Alignment& alignment) const {
+    for (const uint8_t* pointer : layer) alignment.add(pointer);
+    alignment.add(row_bytes);
+    alignment.add(stride_b);
+    alignment.add(stride_t);
+  }
+
+  // layers first .. first + count - 1
+  Rows rows(size_t first, size_t count) const {
+    Rows rows{.stride_b = stride_b, .stride_t = stride_t};
+    std::copy_n(layer.begin() + first, count, rows.layer);
+    return rows;
+  }
+};
+
+void check_alike(const char* op, const char* name, const Layers& some, const Layers& like,
+                 bool same_tokens) {
+  SDVG_CHECK(some.layer.size() == like.layer.size() && some.b == like.b &&
+                 some.row_bytes == like.row_bytes && (!same_tokens || some.t == like.t),
+             op, name, " must have the layers, sequences, heads and dtype of its like");
+}
+
+const int32_t* int32_of(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
+Sequences sequences_of(const char* op, const Tensor& lengths, const std::optional<Tensor>& idx) {
+  SDVG_CHECK(lengths.dim() == 1 && lengths.element_size() == 4 && lengths.is_contiguous(), op,
+             "lengths must be [B] int32, contiguous");
+  if (idx)
+    SDVG_CHECK(idx->dim() == 1 && idx->element_size() >= 4 && idx->is_contiguous(), op,
+               "batch_idx must be [b] int32 or int64, contiguous");
+  return {.lengths = static_cast<int32_t*>(lengths.data_ptr()),
+          .batch_idx = idx ? idx->data_ptr() : nullptr,
+          .wide = idx && idx->element_size() == 8,
+          .count = lengths.size(0)};
+}
+
+const bool* accept_of(const char* op, const Tensor& accept, int64_t b) {
+  SDVG_CHECK(accept.dim() == 1 && accept.size(0) == b && accept.element_size() == 1 &&
+                 accept.is_contiguous(),
+             op, "accept must be [b] bool, contiguous, with b = ", b);
+  return static_cast<const bool*>(accept.data_ptr());
+}
+
+Ring ring_of(const char* op, const Layers& cache, int64_t sink) {
+  SDVG_CHECK(0 <= sink && sink < cache.t && cache.t < INT32_MAX / 2, op,
+             "sink must be at least 0 and less than S = ", cache.t);
+  return {static_cast<int32_t>(sink), static_cast<int32_t>(cache.t - sink)};
+}
+
+uint32_t tiles(int64_t vectors) {
+  return static_cast<uint32_t>((vectors + kThreads * kUnroll - 1) / (kThreads * kUnroll));
+}
+
+// --- launchers ---
+
+template <Lane kLane>
+void move_rows(const char* op, const Tensors (&cache_tensors)[2], const Tensors (&row_tensors)[2],
+               const Tensors (&saved_tensors)[2], const Tensor& lengths,
+               const std::optional<Tensor>& batch_idx, const Tensor* accept, int64_t sink) {
+  const Layers cache[2] = {{op, "k_cache", cache_tensors[0]}, {op, "v_cache", cache_tensors[1]}};
+  const Layers rows[2] = {{op, "key", row_tensors[0]}, {op, "value", row_tensors[1]}};
+  const bool save = !saved_tensors[0].empty();
+  const Sequences sequences = sequences_of(op, lengths, batch_idx);
+  const Ring ring = ring_of(op, cache[0], sink);
+  const int64_t b = batch_idx ? batch_idx->size(0) : sequences.count, t = rows[0].t;
+  const size_t layers = cache[0].layer.size();
+  check_alike(op, "v_cache", cache[1], cache[0], true);
+  check_alike(op, "value", rows[1], rows[0], true);
+  SDVG_CHECK(cache[0].b == sequences.count, op, "lengths must be [B] with B = ", cache[0].b);
+  SDVG_CHECK(rows[0].layer.size() == layers && rows[0].b == b &&
+                 rows[0].row_bytes == cache[0].row_bytes && t <= ring.size,
+             op, "key must be [layers, b, T, H, D] as the cache, with T at most ", ring.size);
+
+  Alignment alignment;
+  std::vector<Layers> saved;
+  for (int side = 0; side < 2; ++side) {
+    cache[side].add_to(alignment);
+    rows[side].add_to(alignment);
+    if (!save) continue;
+    saved.emplace_back(op, "undo", saved_tensors[side]);
+    check_alike(op, "undo", saved[side], rows[side], true);
+    saved[side].add_to(alignment);
+  }
+  if (b * t * rows[0].row_bytes == 0) return;
+  with_vector(alignment.width(), [&]<class Vec>(Vec) {
+    MoveRows<Vec> kernel{.sequences = sequences,
+                         .ring = ring,
+                         .accept = accept ? accept_of(op, *accept, b) : nullptr,
+                         .save = save};
+    const int64_t row_vectors = rows[0].row_bytes / static_cast<int64_t>(sizeof(Vec));
+    SDVG_CHECK(row_vectors * t < INT32_MAX, op, "key must have fewer than 2^31 vectors a sequence");
+    kernel.row_vectors = static_cast<uint32_t>(row_vectors);
+    kernel.vectors = static_cast<uint32_t>(row_vectors * t);
+    for (size_t first = 0; first < layers; first += kLayers) {
+      const size_t count = std::min<size_t>(kLayers, layers - first);
+      for (int side = 0; side < 2; ++side) {
+        kernel.cache[side] = cache[side].rows(first, count);
+        kernel.rows[side] = rows[side].rows(first, count);
+        if (save) kernel.saved[side] = saved[side].rows(first, count);
+      }
+      const dim3 grid(tiles(kernel.vectors), static_cast<uint32_t>(b),
+                      static_cast<uint32_t>(2 * count));
+      launch<kLane>(op, kernel, grid, 0, lengths);
+    }
+  });
+}
+
+template <Lane kLane>
+void stage_(Tensors k_cache, Tensors v_cache, Tensors key, Tensors value, Tensor lengths,
+            std::optional<Tensor> batch_idx, Tensors undo_k, Tensors undo_v, int64_t sink) {
+  move_rows<kLane>("stage_", {k_cache, v_cache}, {key, value}, {undo_k, undo_v}, lengths, batch_idx,
+                   nullptr, sink);
+}
+
+template <Lane kLane>
+void rollback_(Tensors k_cache, Tensors v_cache, Tensor lengths, Tensor accept, Tensors undo_k,
+               Tensors undo_v, std::optional<Tensor> batch_idx, int64_t sink) {
+  move_rows<kLane>("rollback_", {k_cache, v_cache}, {undo_k, undo_v}, {}, lengths, batch_idx,
+                   &accept, sink);
+}
+
+template <Lane kLane>
+void commit_(Tensor lengths, Tensor accept, std::optional<Tensor> batch_idx, int64_t count) {
+  const char* const op = "commit_";
+  const Sequences sequences = sequences_of(op, lengths, batch_idx);
+  const int64_t b = batch_idx ? batch_idx->size(0) : sequences.count;
+  SDVG_CHECK(0 <= count && count <= INT32_MAX, op, "count must fit in int32, got ", count);
+  const Advance kernel{.sequences = sequences,
+                       .accept = accept_of(op, accept, b),
+                       .count = static_cast<int32_t>(count),
+                       .size = static_cast<uint32_t>(b)};
+  if (b) launch<kLane>(op, kernel, dim3((b + kThreads - 1) / kThreads), 0, lengths);
+}
+
+template <Lane kLane>
+void compact_(Tensors k_cache, Tensors v_cache, Tensor lengths, Tensor path,
+              std::optional<Tensor> batch_idx, int64_t sink) {
+  const char* const op = "compact_";
+  const Layers cache[2] = {{op, "k_cache", k_cache}, {op, "v_cache", v_cache}};
+  check_alike(op, "v_cache", cache[1], cache[0], true);
+  const Sequences sequences = sequences_of(op, lengths, batch_idx);
+  const Ring ring = ring_of(op, cache[0], sink);
+  const int64_t b = batch_idx ? batch_idx->size(0) : sequences.count;
+  SDVG_CHECK(cache[0].b == sequences.count, op, "lengths must be [B] with B = ", cache[0].b);
+  SDVG_CHECK(path.dim() == 2 && path.size(0) == b && path.element_size() == 4 &&
+                 path.is_contiguous() && path.size(1) <= ring.size,
+             op, "path must be [b, P] int32, contiguous, with P at most ", ring.size);
+  const int64_t length = path.size(1), layers = static_cast<int64_t>(cache[0].layer.size());
+  if (b * length == 0) return;
+
+  Alignment alignment;
+  for (const Layers& side : cache) side.add_to(alignment);
+  if (cache[0].row_bytes)
+    with_vector(alignment.width(), [&]<class Vec>(Vec) {
+      const uint32_t most = kSharedBytes / static_cast<uint32_t>(length * sizeof(Vec));
+      SDVG_CHECK(most > 0, op, "path must have at most ", kSharedBytes / sizeof(Vec), " columns");
+      CompactRows<Vec> kernel{.sequences = sequences,
+                              .ring = ring,
+                              .path = int32_of(path),
+                              .path_stride = length,
+                              .path_length = static_cast<uint32_t>(length)};
+      kernel.row_vectors = static_cast<uint32_t>(cache[0].row_bytes / sizeof(Vec));
+      // as many columns as there are, or fit, in a power of two
+      const uint32_t columns = std::min(std::bit_ceil(kernel.row_vectors), std::bit_floor(most));
+      kernel.columns_log2 = std::countr_zero(columns);
+      for (int64_t first = 0; first < layers; first += kLayers) {
+        const size_t count = std::min<int64_t>(kLayers, layers - first);
+        for (int side = 0; side < 2; ++side) kernel.cache[side] = cache[side].rows(first, count);
+        const dim3 grid((kernel.row_vectors + columns - 1) / columns, static_cast<uint32_t>(b),
+                        static_cast<uint32_t>(2 * count));
+        launch<kLane>(op, kernel, grid, columns * length * sizeof(Vec), lengths);
+      }
+    });
+  // a launch of its own: every block above reads the old lengths
+  const Advance advance{.sequences = sequences,
+                        .path = int32_of(path),
+                        .path_stride = length,
+                        .path_length = static_cast<uint32_t>(length),
+                        .size = static_cast<uint32_t>(b)};
+  launch<kLane>(op, advance, dim3((b + kThreads - 1) / kThreads), 0, lengths);
+}
+
+template <Lane kLane>
+void select_(Tensor accept, Tensors draft, Tensors other) {
+  const char* const op = "select_";
+  SDVG_CHECK(draft.size() == other.size(), op, "other must hold as many tensors as draft");
+  const int64_t b = accept.size(0);
+  SelectRows kernel{.accept = accept_of(op, accept, b)};
+  uint32_t tile = 0;
+  const auto flush = [&] {
+    if (tile) launch<kLane>(op, kernel, dim3(tile, static_cast<uint32_t>(b)), 0, accept);
+    kernel.items = 0;
+    tile = 0;
+  };
+  for (size_t n = 0; n < draft.size(); ++n) {
+    const Tensor &mine = draft[n], &theirs = other[n];
+    SDVG_CHECK(mine.dim() > 0 && mine.size(0) == b && theirs.numel() == mine.numel() &&
+                   theirs.element_size() == mine.element_size(),
+               op, "draft and other must be alike, [B, ...] with B = ", b);
+    if (mine.numel() == 0) continue;
+    const int64_t item = static_cast<int64_t>(mine.element_size());
+    const int64_t bytes = mine.numel() / b * item;
+    SelectRows::Item it{.draft = static_cast<uint8_t*>(mine.data_ptr()),
+                        .other = static_cast<const uint8_t*>(theirs.data_ptr()),
+                        .draft_stride = b == 1 ? 0 : mine.stride(0) * item,
+                        .other_stride = b == 1 ? 0 : theirs.stride(0) * item,
+                        .first_tile = tile};
+    Alignment alignment;
+    alignment.add(it.draft);
+    alignment.add(it.other);
+    for (const int64_t distance : {it.draft_stride, it.other_stride, bytes})
+      alignment.add(distance);
+    it.width = alignment.width();
+    it.vectors = bytes / it.width;
+    kernel.item[kernel.items++] = it;
+    tile += tiles(it.vectors);
+    if (kernel.items == kLayers) flush();
+  }
+  flush();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sdvg_kernels, CUDA, library) {
+  library.impl("stage_", TORCH_BOX(&stage_<Lane::kDevice>));
+  library.impl("commit_", TORCH_BOX(&commit_<Lane::kDevice>));
+  library.impl("rollback_", TORCH_BOX(&rollback_<Lane::kDevice>));
+  library.impl("compact_", TORCH_BOX(&compact_<Lane::kDevice>));
+  library.impl("select_", TORCH_BOX(&select_<Lane::kDevice>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdvg_kernels_host, CPU, library) {
+  library.impl("stage_", TORCH_BOX(&stage_<Lane::kHost>));
+  library.impl("commit_", TORCH_BOX(&commit_<Lane::kHost>));
+  library.impl("rollback_", TORCH_BOX(&rollback_<Lane::kHost>));
+  library.impl("compact_", TORCH_BOX(&compact_<Lane::kHost>));
+  library.impl("select_", TORCH_BOX(&select_<Lane::kHost>));
+}
+
+}  // namespace sdvg
