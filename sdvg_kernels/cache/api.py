@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import message, require, require_dtype, shape_of
+from sdvg_kernels._check import message, shape_of
 from sdvg_kernels.cache import reference
 
 
@@ -39,37 +39,31 @@ class PointerTable:
     layers. A table is as valid as the tensors' storage; it holds on to them.
     """
 
-    __slots__ = ("tensors",)
+    __slots__ = ("shape", "tensors")
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        op = "PointerTable"
-        require(len(tensors) > 0, op, "tensors", "hold at least one layer", "none")
+        if not tensors:
+            raise _value("PointerTable", "tensors", "hold at least one layer", "none")
         first = tensors[0]
-        require(first.dim() == 4, op, "tensors[0]", "be [B, S, H, D]", shape_of(first))
-        for i, tensor in enumerate(tensors[1:], 1):
-            require(
-                tensor.shape == first.shape and tensor.stride() == first.stride(),
-                op,
-                f"tensors[{i}]",
-                "have the shape and strides of tensors[0]",
-                f"{shape_of(tensor)} and {list(tensor.stride())}",
-            )
-            require_dtype(
-                tensor.dtype == first.dtype,
-                op,
-                f"tensors[{i}]",
-                f"be {first.dtype} as tensors[0]",
-                tensor.dtype,
-            )
-            require(
-                tensor.device == first.device,
-                op,
-                f"tensors[{i}]",
-                f"be on {first.device} as tensors[0]",
-                tensor.device,
-            )
+        if first.dim() != 4:
+            raise _value("PointerTable", "tensors[0]", "be [B, S, H, D]", shape_of(first))
+        for i, tensor in enumerate(tensors):
+            if tensor.shape != first.shape or tensor.stride() != first.stride():
+                rule = f"have shape {shape_of(first)} and strides {list(first.stride())}"
+                got = f"{shape_of(tensor)} and {list(tensor.stride())}"
+                raise _value("PointerTable", f"tensors[{i}]", rule, got)
+            if tensor.dtype != first.dtype:
+                raise _type("PointerTable", f"tensors[{i}]", f"be {first.dtype}", tensor.dtype)
+            if tensor.device != first.device:
+                raise _value(
+                    "PointerTable", f"tensors[{i}]", f"be on {first.device}", tensor.device
+                )
         self.tensors = list(tensors)
+        self.shape = first.shape
 
+
+# rows of a path that a block holds in shared memory at once, at 16 bytes each (csrc/cache.cu)
+_COMPACT_ROWS = 3072
 
 Layers: TypeAlias = torch.Tensor | PointerTable | Sequence[torch.Tensor]
 
@@ -107,17 +101,15 @@ def stage_(
     Cost: reads 2 and writes 2 bytes of rows per cached byte of the block (K and V); twice that with undo.
     """
     op = "stage_"
-    k, v = _caches(op, k_cache, v_cache, lengths, sink, batch_idx)
-    b = len(lengths) if batch_idx is None else len(batch_idx)
-    new_k, new_v = _tensors(op, "key", key), _tensors(op, "value", value)
-    _check_rows(op, "key", new_k, k, b, sink)
-    _check_rows(op, "value", new_v, k, b, sink, new_k[0].shape[-3])
+    k, v, sizes = _caches(op, k_cache, v_cache, sink)
+    b = _check_lengths(op, lengths, batch_idx, k[0], sizes[1])
+    new_k, tokens = _rows(op, "key", key, k[0], sizes, b, sink)
+    new_v, _ = _rows(op, "value", value, k[0], sizes, b, sink, tokens)
     undo_k: list[torch.Tensor] = []
     undo_v: list[torch.Tensor] = []
     if undo is not None:
-        undo_k, undo_v = _tensors(op, "undo[0]", undo[0]), _tensors(op, "undo[1]", undo[1])
-        _check_rows(op, "undo[0]", undo_k, k, b, sink, new_k[0].shape[-3])
-        _check_rows(op, "undo[1]", undo_v, k, b, sink, new_k[0].shape[-3])
+        undo_k, _ = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink, tokens)
+        undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
     run = _choose(op, k[0], implementation)
     run(k, v, new_k, new_v, lengths, batch_idx, undo_k, undo_v, sink)
 
@@ -142,9 +134,10 @@ def commit_(
     Mutates: lengths.
     """
     op = "commit_"
-    _check_lengths(op, lengths, batch_idx)
-    _check_accept(op, accept, lengths, batch_idx)
-    require(count >= 0, op, "count", "be at least 0", count)
+    b = _check_lengths(op, lengths, batch_idx, lengths, len(lengths))
+    _check_accept(op, accept, b, lengths)
+    if count < 0:
+        raise _value(op, "count", "be at least 0", count)
     _choose(op, lengths, implementation)(lengths, accept, batch_idx, count)
 
 
@@ -173,12 +166,11 @@ def rollback_(
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
     """
     op = "rollback_"
-    k, v = _caches(op, k_cache, v_cache, lengths, sink, batch_idx)
-    b = len(lengths) if batch_idx is None else len(batch_idx)
-    _check_accept(op, accept, lengths, batch_idx)
-    undo_k, undo_v = _tensors(op, "undo[0]", undo[0]), _tensors(op, "undo[1]", undo[1])
-    _check_rows(op, "undo[0]", undo_k, k, b, sink)
-    _check_rows(op, "undo[1]", undo_v, k, b, sink, undo_k[0].shape[-3])
+    k, v, sizes = _caches(op, k_cache, v_cache, sink)
+    b = _check_lengths(op, lengths, batch_idx, k[0], sizes[1])
+    _check_accept(op, accept, b, lengths)
+    undo_k, tokens = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink)
+    undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
     run = _choose(op, k[0], implementation)
     run(k, v, lengths, accept, undo_k, undo_v, batch_idx, sink)
 
@@ -212,21 +204,20 @@ def compact_(
     Cost: reads and writes the moved rows once.
     """
     op = "compact_"
-    k, v = _caches(op, k_cache, v_cache, lengths, sink, batch_idx)
-    b = len(lengths) if batch_idx is None else len(batch_idx)
-    require(
-        path.dim() == 2 and path.shape[0] == b,
-        op,
-        "path",
-        f"be [b, P] with b = {b}",
-        shape_of(path),
-    )
-    require_dtype(path.dtype == torch.int32, op, "path", "be int32", path.dtype)
-    require(path.device == lengths.device, op, "path", f"be on {lengths.device}", path.device)
-    ring = k[0].shape[-3] - sink
-    require(
-        path.shape[1] <= ring, op, "path", f"have at most S - sink = {ring} columns", path.shape[1]
-    )
+    k, v, sizes = _caches(op, k_cache, v_cache, sink)
+    b = _check_lengths(op, lengths, batch_idx, k[0], sizes[1])
+    if path.dtype is not torch.int32:
+        raise _type(op, "path", "be int32", path.dtype)
+    if path.dim() != 2 or path.shape[0] != b or not path.is_contiguous():
+        raise _value(op, "path", f"be [b, P], contiguous, with b = {b}", shape_of(path))
+    most = min(sizes[2] - sink, _COMPACT_ROWS)
+    if path.shape[1] > most:
+        rule = f"have at most S - sink = {most} columns"
+        if most == _COMPACT_ROWS:
+            rule = f"have at most {most} columns, what shared memory holds"
+        raise _value(op, "path", rule, path.shape[1])
+    if path.device != lengths.device:
+        raise _value(op, "path", f"be on {lengths.device}", path.device)
     _choose(op, k[0], implementation)(k, v, lengths, path, batch_idx, sink)
 
 
@@ -252,49 +243,24 @@ def select_(
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
     """
     op = "select_"
-    require_dtype(accept.dtype == torch.bool, op, "accept", "be bool", accept.dtype)
-    require(accept.dim() == 1, op, "accept", "be [B]", shape_of(accept))
-    require(
-        len(draft) == len(other), op, "other", f"hold {len(draft)} tensors as draft", len(other)
-    )
-    for n, (kept, replacement) in enumerate(zip(draft, other, strict=True)):
-        require(
-            kept.dim() > 0 and kept.shape[0] == len(accept),
-            op,
-            f"draft[{n}]",
-            f"be [B, ...] with B = {len(accept)}",
-            shape_of(kept),
-        )
-        require(
-            replacement.shape == kept.shape,
-            op,
-            f"other[{n}]",
-            f"have the shape of draft[{n}], {shape_of(kept)}",
-            shape_of(replacement),
-        )
-        require_dtype(
-            replacement.dtype == kept.dtype,
-            op,
-            f"other[{n}]",
-            f"be {kept.dtype} as draft[{n}]",
-            replacement.dtype,
-        )
-        for name, tensor in (("draft", kept), ("other", replacement)):
-            require(
-                tensor.device == accept.device,
-                op,
-                f"{name}[{n}]",
-                f"be on {accept.device} as accept",
-                tensor.device,
-            )
-            require(
-                len(accept) == 0 or tensor[0].is_contiguous(),
-                op,
-                f"{name}[{n}]",
-                "have contiguous rows",
-                f"strides {list(tensor.stride())}",
-                "call .contiguous() where it is made",
-            )
+    _check_accept(op, accept, len(accept), accept)
+    if len(draft) != len(other):
+        raise _value(op, "other", f"hold {len(draft)} tensors as draft", len(other))
+    for n, pair in enumerate(zip(draft, other, strict=True)):
+        for name, tensor in zip(("draft", "other"), pair, strict=True):
+            argument = f"{name}[{n}]"
+            if tensor.dim() == 0 or tensor.shape[0] != len(accept):
+                raise _value(op, argument, f"be [B, ...] with B = {len(accept)}", shape_of(tensor))
+            if tensor.shape != pair[0].shape:
+                rule = f"have the shape of draft[{n}], {shape_of(pair[0])}"
+                raise _value(op, argument, rule, shape_of(tensor))
+            if tensor.dtype is not pair[0].dtype:
+                raise _type(op, argument, f"be {pair[0].dtype} as draft[{n}]", tensor.dtype)
+            if tensor.device != accept.device:
+                raise _value(op, argument, f"be on {accept.device} as accept", tensor.device)
+            if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
+                got, remedy = f"strides {list(tensor.stride())}", "make it with .contiguous()"
+                raise _value(op, argument, "have contiguous rows", got, remedy)
     if draft:
         _choose(op, accept, implementation)(accept, list(draft), list(other))
 
@@ -310,130 +276,130 @@ def implementations() -> dict[str, str]:
 
 
 def _choose(op: str, tensor: torch.Tensor, implementation: str | None) -> Callable[..., None]:
-    """Return what runs `op` on the tensor's device; an explicit request that cannot run is an error."""
+    """Return what runs `op` on the tensor's device; what cannot run is an error that says why."""
     if implementation is None and tensor.is_cuda:
         return getattr(torch.ops.sdvg_kernels, op)
     if implementation == "reference" or implementation is None:
         return getattr(reference, op)
-    require(
-        implementation in ("cuda", "host"),
-        op,
-        "implementation",
-        "be None, 'cuda' or 'reference'",
-        repr(implementation),
-    )
+    if implementation not in ("cuda", "host"):
+        rule = "be None, 'cuda' or 'reference'"
+        raise _value(op, "implementation", rule, repr(implementation))
     device = "cpu" if implementation == "host" else "cuda"
     if tensor.device.type != device:
-        remedy = f"move the tensors to {device}, or use 'reference'"
-        raise NotImplementedError(
-            message(op, "implementation", f"run on {tensor.device}", repr(implementation), remedy)
-        )
+        rule, remedy = f"run on {tensor.device}", f"move the tensors to {device} or use 'reference'"
+        raise NotImplementedError(message(op, "implementation", rule, repr(implementation), remedy))
     extension, reason = _ops.load_extension()
     if extension is None:
-        rule = "have sdvg_kernels._C"
+        rule = "have the compiled sdvg_kernels._C"
         raise NotImplementedError(message(op, "implementation", rule, repr(implementation), reason))
     namespace = _ops.HOST_NAMESPACE if implementation == "host" else _ops.NAMESPACE
     return getattr(getattr(torch.ops, namespace), op)
 
 
-def _tensors(op: str, name: str, layers: Layers) -> list[torch.Tensor]:
-    """Return the tensors that hold the layers: one of 5 dimensions for all, or one of 4 each."""
+# the checks build a message only when it is raised: an engine calls stage_ once per layer and step
+
+
+def _value(op: str, argument: str, rule: str, got: object, remedy: str = "") -> ValueError:
+    return ValueError(message(op, argument, rule, got, remedy))
+
+
+def _type(op: str, argument: str, rule: str, got: object) -> TypeError:
+    return TypeError(message(op, argument, rule, got))
+
+
+def _layers(op: str, name: str, layers: Layers) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """Return the tensors, one of 5 dimensions or one of 4 per layer, and `[layers, B, T, H, D]`."""
     if isinstance(layers, torch.Tensor):
-        # one layer's [B, S, H, D] would pass for a table of one: the caller meant layers
-        require(layers.dim() == 5, op, name, "be [layers, B, S, H, D]", shape_of(layers))
-        return [layers]
-    return layers.tensors if isinstance(layers, PointerTable) else PointerTable(layers).tensors
+        tensors, sizes = [layers], layers.shape
+        if len(sizes) != 5:
+            raise _value(op, name, "be [layers, B, T, H, D]", list(sizes))
+    else:
+        table = layers if isinstance(layers, PointerTable) else PointerTable(layers)
+        tensors, sizes = table.tensors, (len(table.tensors), *table.shape)
+    heads, width = sizes[3], sizes[4]
+    stride = tensors[0].stride()
+    if (width != 1 and stride[-1] != 1) or (heads != 1 and stride[-2] != width):
+        raise _value(op, name, "have contiguous [H, D]", f"strides {list(stride)}")
+    return tensors, sizes
 
 
 def _caches(
-    op: str,
-    k_cache: Layers,
-    v_cache: Layers,
-    lengths: torch.Tensor,
-    sink: int,
-    batch_idx: torch.Tensor | None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Check the caches with what describes them, and return them as lists."""
-    k, v = _tensors(op, "k_cache", k_cache), _tensors(op, "v_cache", v_cache)
-    for name, caches in (("k_cache", k), ("v_cache", v)):
-        first = caches[0]
-        require(
-            _dense(first), op, name, "have contiguous [H, D]", f"strides {list(first.stride())}"
-        )
-    shape = k[0].shape
-    require(
-        v[0].shape == shape and len(v) == len(k),
-        op,
-        "v_cache",
-        f"have the shape of k_cache, {shape_of(k[0])}",
-        shape_of(v[0]),
-    )
-    require_dtype(
-        v[0].dtype == k[0].dtype, op, "v_cache", f"be {k[0].dtype} as k_cache", v[0].dtype
-    )
-    require(v[0].device == k[0].device, op, "v_cache", f"be on {k[0].device}", v[0].device)
-    _check_lengths(op, lengths, batch_idx)
-    require(
-        len(lengths) == shape[-4], op, "lengths", f"be [B] with B = {shape[-4]}", shape_of(lengths)
-    )
-    require(lengths.device == k[0].device, op, "lengths", f"be on {k[0].device}", lengths.device)
-    require(0 <= sink < shape[-3], op, "sink", f"be at least 0 and less than S = {shape[-3]}", sink)
-    return k, v
+    op: str, k_cache: Layers, v_cache: Layers, sink: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[int, ...]]:
+    """Check the caches; return their tensors and `[layers, B, S, H, D]`."""
+    k, sizes = _layers(op, "k_cache", k_cache)
+    v, v_sizes = _layers(op, "v_cache", v_cache)
+    if v_sizes != sizes:
+        raise _value(op, "v_cache", f"be {list(sizes)} as k_cache", list(v_sizes))
+    if v[0].dtype is not k[0].dtype:
+        raise _type(op, "v_cache", f"be {k[0].dtype} as k_cache", v[0].dtype)
+    if v[0].device != k[0].device:
+        raise _value(op, "v_cache", f"be on {k[0].device} as k_cache", v[0].device)
+    if not 0 <= sink < sizes[2]:
+        raise _value(op, "sink", f"be at least 0 and less than S = {sizes[2]}", sink)
+    return k, v, sizes
 
 
-def _check_rows(
+def _rows(
     op: str,
     name: str,
-    rows: list[torch.Tensor],
-    cache: list[torch.Tensor],
+    rows: Layers,
+    cache: torch.Tensor,
+    cached: tuple[int, ...],
     b: int,
     sink: int,
-    count: int | None = None,
-) -> None:
-    """Check tensors of new or saved rows against the caches."""
-    first, like = rows[0], cache[0]
-    shape, cached = first.shape, like.shape
-    layers = len(cache) if len(cached) == 4 else cached[0]
-    good = len(shape) in (4, 5) and (len(rows) if len(shape) == 4 else shape[0]) == layers
-    good = good and shape[-4] == b and shape[-2:] == cached[-2:]
-    if not (good and (count is None or shape[-3] == count)):
-        rule = (
-            f"be [layers, b, T, H, D] = [{layers}, {b}, {count or 'T'}, {cached[-2]}, {cached[-1]}]"
-        )
-        raise ValueError(message(op, name, rule, shape_of(first)))
-    if shape[-3] > cached[-3] - sink:
-        rule = f"have at most S - sink = {cached[-3] - sink} tokens"
-        raise ValueError(message(op, name, rule, shape[-3]))
-    require_dtype(first.dtype == like.dtype, op, name, f"be {like.dtype} as the cache", first.dtype)
-    require(first.device == like.device, op, name, f"be on {like.device}", first.device)
-    require(_dense(first), op, name, "have contiguous [H, D]", f"strides {list(first.stride())}")
+    tokens: int | None = None,
+) -> tuple[list[torch.Tensor], int]:
+    """Check new or saved rows against the cache, whose sizes are `cached`; return them and T."""
+    tensors, sizes = _layers(op, name, rows)
+    layers, batch, count, heads, width = sizes
+    if (layers, batch, heads, width) != (cached[0], b, *cached[3:]) or count != (tokens or count):
+        wanted = [cached[0], b, "T" if tokens is None else tokens, *cached[3:]]
+        rule = f"be [layers, b, T, H, D] = [{', '.join(map(str, wanted))}]"
+        raise _value(op, name, rule, list(sizes))
+    if count > cached[2] - sink:
+        raise _value(op, name, f"have at most S - sink = {cached[2] - sink} tokens", count)
+    first = tensors[0]
+    if first.dtype is not cache.dtype:
+        raise _type(op, name, f"be {cache.dtype} as the cache", first.dtype)
+    if first.device != cache.device:
+        raise _value(op, name, f"be on {cache.device} as the cache", first.device)
+    return tensors, count
 
 
-def _check_lengths(op: str, lengths: torch.Tensor, batch_idx: torch.Tensor | None) -> None:
-    require_dtype(lengths.dtype == torch.int32, op, "lengths", "be int32", lengths.dtype)
-    require(lengths.dim() == 1, op, "lengths", "be [B]", shape_of(lengths))
-    if batch_idx is not None:
-        good = batch_idx.dtype in (torch.int32, torch.int64)
-        require_dtype(good, op, "batch_idx", "be int32 or int64", batch_idx.dtype)
-        require(batch_idx.dim() == 1, op, "batch_idx", "be [b]", shape_of(batch_idx))
-        same = batch_idx.device == lengths.device
-        require(same, op, "batch_idx", f"be on {lengths.device}", batch_idx.device)
+def _check_lengths(
+    op: str,
+    lengths: torch.Tensor,
+    batch_idx: torch.Tensor | None,
+    like: torch.Tensor,
+    sequences: int,
+) -> int:
+    """Check what says which sequences a call is about; return how many these are."""
+    if lengths.dtype is not torch.int32:
+        raise _type(op, "lengths", "be int32", lengths.dtype)
+    if lengths.shape != (sequences,) or not lengths.is_contiguous():
+        rule = f"be [B], contiguous, with B = {sequences}"
+        raise _value(op, "lengths", rule, shape_of(lengths))
+    if lengths.device != like.device:
+        raise _value(op, "lengths", f"be on {like.device} as the cache", lengths.device)
+    if batch_idx is None:
+        return sequences
+    if batch_idx.dtype not in (torch.int32, torch.int64):
+        raise _type(op, "batch_idx", "be int32 or int64", batch_idx.dtype)
+    if batch_idx.dim() != 1 or not batch_idx.is_contiguous():
+        raise _value(op, "batch_idx", "be [b], contiguous", shape_of(batch_idx))
+    if batch_idx.device != like.device:
+        raise _value(op, "batch_idx", f"be on {like.device} as lengths", batch_idx.device)
+    return batch_idx.shape[0]
 
 
-def _check_accept(
-    op: str, accept: torch.Tensor, lengths: torch.Tensor, batch_idx: torch.Tensor | None
-) -> None:
-    b = len(lengths) if batch_idx is None else len(batch_idx)
-    require_dtype(accept.dtype == torch.bool, op, "accept", "be bool", accept.dtype)
-    require(accept.shape == (b,), op, "accept", f"be [b] with b = {b}", shape_of(accept))
-    require(accept.device == lengths.device, op, "accept", f"be on {lengths.device}", accept.device)
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Return whether the last two dimensions are contiguous."""
-    heads, width = tensor.shape[-2:]
-    stride = tensor.stride()
-    return (width == 1 or stride[-1] == 1) and (heads == 1 or stride[-2] == width)
+def _check_accept(op: str, accept: torch.Tensor, b: int, like: torch.Tensor) -> None:
+    if accept.dtype is not torch.bool:
+        raise _type(op, "accept", "be bool", accept.dtype)
+    if accept.shape != (b,) or not accept.is_contiguous():
+        raise _value(op, "accept", f"be [b], contiguous, with b = {b}", shape_of(accept))
+    if accept.device != like.device:
+        raise _value(op, "accept", f"be on {like.device} as lengths", accept.device)
 
 
 for _name in ("stage_", "commit_", "rollback_", "compact_", "select_"):
