@@ -31,6 +31,9 @@ class StreamingVAE:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        self._unpatchify = unpatchify
         self.vae = vae.eval().requires_grad_(False)
         channels = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean).view(channels)
@@ -59,7 +62,11 @@ class StreamingVAE:
             for part, first in zip(parts, (state.first, False), strict=False)
             if part.shape[2]
         ]
-        pixels = torch.cat(frames, dim=2).clamp(-1, 1).transpose(1, 2)
+        pixels = torch.cat(frames, dim=2)
+        if self.vae.config.patch_size is not None:
+            # Wan 2.2's decoder leaves pixels folded into channels
+            pixels = self._unpatchify(pixels, self.vae.config.patch_size)
+        pixels = pixels.clamp(-1, 1).transpose(1, 2)
         return (pixels + 1) / 2, DecoderState(tuple(features), False)
 
     def take(self, state: DecoderState, rows: Tensor) -> DecoderState:
