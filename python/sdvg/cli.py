@@ -1,0 +1,347 @@
+"""The command line: `sdvg generate | sweep | env`; an error is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from sdvg import env
+from sdvg.commit import Recompute
+from sdvg.engine import SDVG, Generation
+from sdvg.report import Recording, sentence
+from sdvg.router import Always, Never, Random, Reward, Stride
+from sdvg.schedule import preset
+from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, methods
+from sdvg.sweep import sweep as run_sweep
+from sdvg.sweep import write as write_sweep
+from sdvg.types import Router
+from sdvg.video import Aside
+
+if TYPE_CHECKING:
+    from sdvg.models.embedded import EmbeddedPair
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 2 for an error (one sentence on stderr), 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("sdvg: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(_one_sentence(error), file=sys.stderr)
+        return 2
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make one video for each prompt, with sheet and report; Ctrl-C keeps the finished blocks."""
+    from sdvg.models import embedded
+
+    router, schedule, commit = _router(args), preset(args.schedule), _commit(args.commit)
+    paths = _paths(args.out, len(args.prompt))
+    with Aside() as aside, _Interrupts() as interrupts:
+        recordings = [
+            Recording(aside, path, prompt=prompt, sequence=row, fps=args.fps)
+            for row, (path, prompt) in enumerate(zip(paths, args.prompt, strict=True))
+        ]
+        pair = _load(args)
+        _warn_of_unknown_words(args.weights or embedded.WEIGHTS, args.prompt)
+        loop = SDVG(
+            pair.drafter, pair.target, pair.decoder, pair.scorer, router,
+            schedule=schedule, force_first=args.force_first, commit=commit,
+            drafter_cache=args.drafter_cache, run_ahead=args.run_ahead,
+        )  # fmt: skip
+        alone = SDVG(None, pair.target, pair.decoder, schedule=schedule, commit=commit)
+        if args.compare:
+            # what a first call costs (kernels compiled, memory taken) belongs to neither side
+            for side in (loop, alone):
+                list(side.generate(args.prompt, num_blocks=min(2, args.blocks), seed=args.seed))
+        video = loop.generate(args.prompt, num_blocks=args.blocks, seed=args.seed)
+        interrupted, target_only = False, None
+        try:
+            _record(video, recordings, interrupts)
+            if args.compare:
+                other = alone.generate(args.prompt, num_blocks=args.blocks, seed=args.seed)
+                list(tqdm(other, "target only", total=args.blocks, unit="block"))
+                target_only = other.summary().total
+        except KeyboardInterrupt:
+            interrupted = True
+        # what is finished is written out, however often Ctrl-C is pressed
+        interrupts.ignore()
+        blocks = recordings[0].blocks
+        if not blocks:
+            raise KeyboardInterrupt
+        stats = video.summary(target_only)
+        for recording in recordings:
+            recording.finish(
+                stats, interrupted=interrupted, arguments=_arguments(args), versions=env.versions()
+            )
+        aside.keep()
+    for recording in recordings:
+        print(*recording.files.values(), sep="\n")
+    print(sentence(stats))
+    if interrupted:
+        print(
+            f"sdvg: interrupted; {blocks} of {args.blocks} blocks were finished and are kept",
+            file=sys.stderr,
+        )
+    return 130 if interrupted else 0
+
+
+def show_env(args: argparse.Namespace) -> int:
+    """Print the versions, the GPU, the extension, and what serves each op."""
+    print(json.dumps(env.environment(), indent=2) if args.json else env.describe())
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Reproduce the paper's Table 1: sweep.csv, table.md, Pareto plot; goes on where it stopped."""
+    from sdvg.models import embedded
+
+    grids = QUICK if args.quick else (THRESHOLDS, MEAN_THRESHOLDS, PROBABILITIES)
+    asked = (args.thresholds, args.mean_thresholds, args.accept)
+    lines = methods(*(grid if own is None else own for own, grid in zip(asked, grids, strict=True)))
+    count = args.prompts or (8 if args.quick else 100)
+    options = {
+        "schedule": preset(args.schedule), "commit": _commit(args.commit),
+        "drafter_cache": args.drafter_cache,
+    }  # fmt: skip
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {args.out} cannot be made: {error.strerror.lower()}") from error
+    pair = _load(args)
+    machine = env.gpu() if pair.target.device.type == "cuda" else env.processor()
+    settings = {
+        "weights": _digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
+        "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
+        "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    try:
+        rows = run_sweep(
+            pair, embedded.quality, args.out, lines=lines, count=count, blocks=args.blocks,
+            seed=args.seed, settings=settings, **options,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(
+            f"sdvg: interrupted; the finished videos are kept in {args.out / 'videos.jsonl'}, "
+            "and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    about = (
+        f"{count} prompts, {args.blocks} blocks each, seed {args.seed}; "
+        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + ". Made by `sdvg sweep`."
+    )
+    print(*write_sweep(args.out, rows, lines, about), sep="\n")
+    return 0
+
+
+def _record(video: Generation, recordings: list[Recording], interrupts: _Interrupts) -> None:
+    """Drive `video` to its end, each finished block into the recordings."""
+    accepted = decided = 0
+    with tqdm(total=video.num_blocks, unit="block", desc="generate") as bar:
+        for block in video:
+            # a block is in every file or in none
+            with interrupts.held():
+                for recording in recordings:
+                    recording.add(block)
+                routed = [v.accepted for v in block.verdicts if v.reason == "router"]
+                accepted, decided = accepted + sum(routed), decided + len(routed)
+                if decided:
+                    bar.set_postfix_str(
+                        f"{accepted} of {decided} drafts kept, {accepted / decided:.0%}"
+                    )
+                bar.update()
+
+
+class _Interrupts:
+    """Within it, Ctrl-C is a KeyboardInterrupt, but one during `held` waits for its end."""
+
+    def __init__(self) -> None:
+        self._holding = self._pending = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._arrived)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def ignore(self) -> None:
+        """Hear no Ctrl-C from here to the end."""
+        self._holding = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if not self._holding:
+            raise KeyboardInterrupt
+        self._pending = True
+
+
+def _router(args: argparse.Namespace) -> Router:
+    routers = {
+        "reward": lambda: Reward(args.tau, args.aggregate),
+        "stride": lambda: Stride(args.stride),
+        "random": lambda: Random(args.accept),
+        "always": Always,
+        "never": Never,
+    }
+    if args.router not in routers:
+        raise ValueError(f"router: must be one of {', '.join(routers)}, got {args.router!r}")
+    return routers[args.router]()
+
+
+def _commit(text: str) -> str | Recompute:
+    name, _, frames = text.partition(":")
+    if name != "recompute":
+        return text
+    if not frames.isdecimal():
+        raise ValueError(f"commit: must be lazy, eager or recompute:FRAMES, got {text!r}")
+    return Recompute(int(frames))
+
+
+def _paths(out: Path, count: int) -> list[Path]:
+    if out.suffix != ".mp4":
+        raise ValueError(f"output: --out must end in .mp4, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"output: the folder {out.parent} does not exist; create it first")
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{number}.mp4") for number in range(1, count + 1)]
+
+
+def _load(args: argparse.Namespace) -> EmbeddedPair:
+    from sdvg.models import embedded
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
+
+
+def _warn_of_unknown_words(weights: Path, prompts: Sequence[str]) -> None:
+    """Say in one line which words the tokenizer has to spell: the models never saw them."""
+    tokenizer = json.loads((weights / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    words = dict.fromkeys(word for text in prompts for word in re.findall(r"\w+", text.lower()))
+    unknown = [word for word in words if word not in tokenizer["model"]["vocab"]]
+    if unknown:
+        known = "they know digits, directions and speeds"
+        print(
+            f"sdvg: warning: the models do not know {', '.join(unknown)}; {known}", file=sys.stderr
+        )
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, object]:
+    """Return what the user asked for, as JSON holds it."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("run", "debug")
+    }
+
+
+def _digest(folder: Path) -> str:
+    """Return 12 hex digits that name the weights in `folder`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _one_sentence(error: Exception) -> str:
+    """Return what went wrong in one line."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    line = text.splitlines()[0] if text else "no message"
+    if not isinstance(error, EXPECTED):
+        line = f"{type(error).__name__}: {line} (--debug shows the traceback)"
+    return line if line.startswith("sdvg") else f"sdvg: {line}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave with one sentence and exit code 2, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("sdvg", description="Video generation by speculation: draft, score, repair.")
+    commands = parser.add_subparsers(required=True, metavar="generate | sweep | env")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    models = argparse.ArgumentParser(add_help=False)
+    add = models.add_argument
+    add("--weights", type=Path, metavar="FOLDER", help="default: the embedded models")
+    add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--schedule", default="self_forcing", help="self_forcing, krea or diagonal")
+    add("--commit", default="lazy", help="lazy, eager or recompute:FRAMES")
+    add("--drafter-cache", default="own", help="own (its own drafts) or synced (the final blocks)")
+    add("--blocks", type=int, default=9)
+    add("--seed", type=int, default=0)
+
+    new = commands.add_parser("generate", parents=[common, models], help="make videos")
+    add = new.add_argument
+    add("prompt", nargs="+", help="several prompts make one batch, written to NAME-1.mp4, ...")
+    add("--out", type=Path, default=Path("sdvg.mp4"), help="with NAME.png and NAME.json beside it")
+    add("--router", default="reward", help="reward, stride, random, always or never")
+    add("--tau", type=float, default=-0.7, help="reward: keep a draft that scores this or more")
+    add("--aggregate", default="min", help="reward: min (worst frame) or mean")
+    add("--stride", type=int, default=3, help="stride: the target makes every such block")
+    add("--accept", type=float, default=0.7, help="random: the probability to keep a draft")
+    add("--force-first", action=argparse.BooleanOptionalAction, default=True,
+        help="block 0 is always the target's")  # fmt: skip
+    add("--run-ahead", type=int, default=0, help="blocks that drafts may be ahead of the verdicts")
+    add("--fps", type=int, default=16)
+    add("--compare", action="store_true", help="also run the target alone: a measured speed-up")
+    new.set_defaults(run=generate)
+
+    new = commands.add_parser("sweep", parents=[common, models], help="quality against speed")
+    add = new.add_argument
+    add("--out", type=Path, default=Path("sweep"), metavar="FOLDER")
+    add("--prompts", type=int, help="default 100; with --quick 8")
+    add("--quick", action="store_true", help="few prompts and thresholds")
+    add("--thresholds", type=float, nargs="+", metavar="TAU", help="of the worst frame")
+    add("--mean-thresholds", type=float, nargs="+", metavar="TAU", help="of the mean frame")
+    add("--accept", type=float, nargs="+", metavar="P", help="probabilities of random routing")
+    new.set_defaults(run=sweep)
+
+    new = commands.add_parser("env", parents=[common], help="versions and what serves each op")
+    new.add_argument("--json", action="store_true")
+    new.set_defaults(run=show_env)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""The paper's Table 1 on a pair of models: quality against speed for each way to route.
+
+Source: SDVG (arXiv 2604.17397), section 4. Every method makes the video of the same prompt from the
+same noise, one after another, so that a slow minute of the machine meets them all; seconds are wall
+clock of one video alone, text encoding included. Confidence intervals are 95% percentile bootstraps
+over prompts, with the same resamples for all methods.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdvg.engine import SDVG
+from sdvg.router import Random, Reward
+from sdvg.types import CausalModel, Decoder, Router, Scorer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "method", "tau", "quality", "quality_low", "quality_high",
+    "seconds", "speedup", "acceptance", "videos",
+)  # fmt: skip
+# the paper's thresholds: worst frame, then mean frame
+THRESHOLDS = (-0.7, -0.8, -0.9, -1.0, -1.5, -2.0, -2.5)
+MEAN_THRESHOLDS = (-0.2, -0.5, -0.7)
+PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+QUICK = ((-0.7, -1.5, -2.5), (-0.5,), (0.7,))
+RESAMPLES = 2000
+# the paper's own points: share of target-only quality kept, speed-up
+PAPER_POINTS = ((0.981, 1.59), (0.957, 2.09))
+PAPER_DRAFT = 0.86
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIRECTIONS = ("left", "down right", "up", "down left", "right", "up left", "down", "up right")
+_SPEEDS = ("slowly", "quickly")
+
+
+class Pair(Protocol):
+    """The models that a sweep drives (`sdvg.models.embedded.EmbeddedPair` is one)."""
+
+    drafter: CausalModel
+    target: CausalModel
+    decoder: Decoder
+    scorer: Scorer
+
+
+class Judged(Protocol):
+    """What the judge says of one video: `value` in [0, 1], higher is better."""
+
+    value: float
+
+
+Judge = Callable[[Tensor, str], Judged]
+
+
+class Method(NamedTuple):
+    """One line of the table. `tau`: the threshold; for random routing the probability to keep."""
+
+    name: str
+    tau: float | None
+    router: Router | None = None
+    force_first: bool = True
+
+    @property
+    def key(self) -> str:
+        """The method's name in the file of videos."""
+        return self.name if self.tau is None else f"{self.name} {self.tau:g}"
+
+
+class Row(NamedTuple):
+    """One line of sweep.csv, and the interval of the speed-up for the plot."""
+
+    method: str
+    tau: float | None
+    quality: float
+    quality_low: float
+    quality_high: float
+    # mean per video
+    seconds: float
+    speedup: float
+    # accepted / decided by the router; None: there was nothing to decide
+    acceptance: float | None
+    videos: int
+    speedup_low: float
+    speedup_high: float
+
+
+def methods(
+    thresholds: Sequence[float] = THRESHOLDS,
+    mean_thresholds: Sequence[float] = MEAN_THRESHOLDS,
+    probabilities: Sequence[float] = PROBABILITIES,
+) -> list[Method]:
+    """Return the table's lines, target-only and draft-only first."""
+    return [
+        Method("target", None),
+        Method("draft", None),
+        *(Method("reward", tau, Reward(tau)) for tau in thresholds),
+        *(Method("reward-mean", tau, Reward(tau, "mean")) for tau in mean_thresholds),
+        *(Method("random", share, Random(share)) for share in probabilities),
+        *(Method("random-free-first", share, Random(share), False) for share in probabilities),
+    ]
+
+
+def prompts(count: int) -> list[str]:
+    """Return `count` prompts, balanced over digit, direction and speed; all different up to 160.
+
+    A longer list begins with the shorter ones.
+    """
+    texts = []
+    for n in range(count):
+        digit, speed = _DIGITS[n % 10], _SPEEDS[(n // 10 + n // 80) % 2]
+        # steps of 10 and of 8 meet every 40th prompt: the shift brings the other pairs
+        direction = _DIRECTIONS[(n + n % 80 // 40) % 8]
+        texts.append(f"a {digit} moving {direction}, {speed}")
+    return texts
+
+
+def sweep(
+    pair: Pair,
+    judge: Judge,
+    folder: Path,
+    *,
+    lines: Sequence[Method],
+    count: int = 100,
+    blocks: int = 9,
+    seed: int = 0,
+    settings: Mapping[str, object],
+    **options: object,
+) -> list[Row]:
+    """Make every video that `folder/videos.jsonl` does not hold yet, and return the table.
+
+    `settings` is all that decides a result beside the method and the prompt: a folder begun
+    with other settings is refused. `options` go to `SDVG` (schedule, commit, drafter_cache).
+
+    Raises ValueError for fewer than one prompt, or a folder with other settings.
+    """
+    if count < 1:
+        raise ValueError(f"sweep: prompts must be at least 1, got {count}")
+    settings = dict(settings) | {"blocks": blocks, "seed": seed}
+    store = folder / "videos.jsonl"
+    done = _resume(store, settings)
+    texts = prompts(count)
+    left = [n for n in range(count) if any((n, line.key) not in done for line in lines)]
+    total = count * len(lines)
+    with store.open("a", encoding="utf-8") as file, tqdm(total=total, unit="video") as bar:
+        bar.update(sum((n, line.key) in done for n in range(count) for line in lines))
+        if left:
+            for line in lines[:3]:
+                _video(pair, judge, line, texts[left[0]], left[0], min(2, blocks), seed, options)
+        for n in left:
+            # no method always comes first
+            first = n % len(lines)
+            for line in [*lines[first:], *lines[:first]]:
+                if (n, line.key) in done:
+                    continue
+                video = _video(pair, judge, line, texts[n], n, blocks, seed, options)
+                done[n, line.key] = video
+                file.write(json.dumps(video) + "\n")
+                file.flush()
+                bar.set_postfix_str(line.key)
+                bar.update()
+    return summarise(done, lines, count)
+
+
+def summarise(
+    videos: Mapping[tuple[int, str], Mapping[str, float]], lines: Sequence[Method], count: int
+) -> list[Row]:
+    """Return one row for each of `lines` from the videos of prompts 0 to `count` - 1."""
+    quality, seconds = _matrices(videos, lines, count)
+    drawn = _resamples(count)
+    target = next(i for i, line in enumerate(lines) if line.name == "target")
+    rows = []
+    for i, line in enumerate(lines):
+        mine = [videos[n, line.key] for n in range(count)]
+        decided = sum(video["decided"] for video in mine)
+        low, high = np.percentile(quality[i][drawn].mean(1), (2.5, 97.5))
+        ratios = seconds[target][drawn].mean(1) / seconds[i][drawn].mean(1)
+        rows.append(
+            Row(
+                line.name,
+                line.tau,
+                quality[i].mean(),
+                low,
+                high,
+                seconds[i].mean(),
+                seconds[target].mean() / seconds[i].mean(),
+                sum(video["accepted"] for video in mine) / decided if decided else None,
+                count,
+                *np.percentile(ratios, (2.5, 97.5)),
+            )
+        )
+    return rows
+
+
+def gains(
+    videos: Mapping[tuple[int, str], Mapping[str, float]], lines: Sequence[Method], count: int
+) -> list[tuple[float, float, float, float]]:
+    """Return (tau, gain, low, high) for each `reward` line, against random routing as fast.
+
+    The gain is in quality; random routing has its first block forced and is interpolated linearly
+    between its lines (outside them: the nearest).
+    """
+    quality, seconds = _matrices(videos, lines, count)
+    drawn = _resamples(count)
+    speed = 1 / seconds.mean(1)
+    chance = [i for i, line in enumerate(lines) if line.name == "random"]
+    chance.sort(key=lambda i: speed[i])
+    found = []
+    for i, line in enumerate(lines):
+        if line.name != "reward" or not chance:
+            continue
+        # weights of the two random lines on either side: the same combination in every resample
+        unit = np.eye(len(chance))
+        weights = [np.interp(speed[i], speed[chance], row) for row in unit]
+        difference = quality[i] - np.tensordot(weights, quality[chance], 1)
+        low, high = np.percentile(difference[drawn].mean(1), (2.5, 97.5))
+        found.append((line.tau, difference.mean(), low, high))
+    return found
+
+
+def write(folder: Path, rows: Sequence[Row], lines: Sequence[Method], about: str) -> list[Path]:
+    """Write sweep.csv, table.md, pareto.png and pareto.svg into `folder`; return their paths.
+
+    Raises ImportError where matplotlib is missing, before anything is written.
+    """
+    figure = plot(rows)
+    videos = _read(folder / "videos.jsonl")[1]
+    partial = {name: folder / f"{name}.partial" for name in ("sweep.csv", "table.md", "pareto.png")}
+    partial["pareto.svg"] = folder / "pareto.svg.partial"
+    with partial["sweep.csv"].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(_cells(row) for row in rows)
+    table = _table(rows, gains(videos, lines, rows[0].videos), about)
+    partial["table.md"].write_text(table, encoding="utf-8")
+    figure.savefig(partial["pareto.png"], format="png", dpi=150)
+    figure.savefig(partial["pareto.svg"], format="svg", metadata={"Date": None})
+    for name, path in partial.items():
+        os.replace(path, folder / name)
+    return [folder / name for name in partial]
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Return quality against speed-up with 95% intervals; ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("sweep: the plot needs matplotlib: pip install 'sdvg[plots]'") from error
+    styles = {
+        "target": ("target only", "#1c1c1c", "*"),
+        "draft": ("draft only", "#8c6d1f", "*"),
+        "reward": ("reward, worst frame", "#2e9e44", "o"),
+        "reward-mean": ("reward, mean frame", "#2f6fb7", "s"),
+        "random": ("random, first block forced", "#d3782c", "^"),
+        "random-free-first": ("random, first block free", "#a8a8a8", "v"),
+    }
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (label, colour, marker) in styles.items():
+        mine = sorted((row for row in rows if row.method == name), key=lambda row: row.speedup)
+        if not mine:
+            continue
+        x, y = [row.speedup for row in mine], [row.quality for row in mine]
+        axes.errorbar(
+            x, y,
+            xerr=[[row.speedup - row.speedup_low for row in mine],
+                  [row.speedup_high - row.speedup for row in mine]],
+            yerr=[[row.quality - row.quality_low for row in mine],
+                  [row.quality_high - row.quality for row in mine]],
+            label=label, color=colour, marker=marker, markersize=11 if marker == "*" else 5,
+            linewidth=1.2, elinewidth=0.7, capsize=2,
+        )  # fmt: skip
+        if name == "reward":
+            for row in mine:
+                axes.annotate(
+                    f"{row.tau:g}", (row.speedup, row.quality), xytext=(4, 5),
+                    textcoords="offset points", fontsize=7, color=colour,
+                )  # fmt: skip
+    axes.set_xlabel("speed-up over target only")
+    axes.set_ylabel("quality (judge, 0 to 1)")
+    axes.set_title(f"Quality against speed, {rows[0].videos} prompts, 95% confidence", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    return figure
+
+
+def _video(
+    pair: Pair,
+    judge: Judge,
+    line: Method,
+    prompt: str,
+    number: int,
+    blocks: int,
+    seed: int,
+    options: Mapping[str, object],
+) -> dict[str, object]:
+    """Make one video and judge it; the noise is keyed by the prompt's number."""
+    drafter = None if line.name == "target" else pair.drafter
+    target = None if line.name == "draft" else pair.target
+    loop = SDVG(
+        drafter, target, pair.decoder, pair.scorer, line.router,
+        force_first=line.force_first, **options,
+    )  # fmt: skip
+    began = time.perf_counter()
+    made = list(loop.generate([prompt], num_blocks=blocks, seed=seed, sequences=[number]))
+    seconds = time.perf_counter() - began
+    routed = [block.verdicts[0].accepted for block in made if block.verdicts[0].reason == "router"]
+    verdict = judge(torch.cat([block.frames[0] for block in made]), prompt)
+    judged = verdict._asdict() if hasattr(verdict, "_asdict") else {"value": verdict.value}
+    return {
+        "prompt": number,
+        "method": line.key,
+        "seconds": round(seconds, 5),
+        "accepted": sum(routed),
+        "decided": len(routed),
+        **{name: round(float(number), 5) for name, number in judged.items()},
+    }
+
+
+def _read(store: Path) -> tuple[object, dict[tuple[int, str], dict[str, float]], int]:
+    """Return the settings, the videos, and the length of the whole lines in bytes."""
+    settings, videos, length = None, {}, 0
+    for raw in store.read_bytes().splitlines(keepends=True) if store.exists() else []:
+        # a line without its end was cut by a crash
+        if not raw.endswith(b"\n"):
+            break
+        entry = json.loads(raw)
+        length += len(raw)
+        if settings is None:
+            settings = entry["settings"]
+        else:
+            videos[entry["prompt"], entry["method"]] = entry
+    return settings, videos, length
+
+
+def _resume(store: Path, settings: Mapping[str, object]) -> dict[tuple[int, str], dict[str, float]]:
+    settings = json.loads(json.dumps(settings))
+    found, videos, length = _read(store)
+    if found is None:
+        store.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        return {}
+    if found != settings:
+        differing = [
+            name for name in {**found, **settings} if found.get(name) != settings.get(name)
+        ]
+        raise ValueError(
+            f"sweep: {store} was made with another {', '.join(sorted(differing))}; "
+            "give another --out, or remove it to begin anew"
+        )
+    os.truncate(store, length)
+    return videos
+
+
+def _matrices(
+    videos: Mapping[tuple[int, str], Mapping[str, float]], lines: Sequence[Method], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return quality and seconds, `[lines, prompts]`."""
+    each = [[videos[n, line.key] for n in range(count)] for line in lines]
+    quality = np.array([[video["value"] for video in mine] for mine in each])
+    return quality, np.array([[video["seconds"] for video in mine] for mine in each])
+
+
+def _resamples(count: int) -> np.ndarray:
+    """Return prompt numbers `[RESAMPLES, count]` drawn with replacement, always the same."""
+    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return a row's text, column by column; empty where there is no value."""
+    return (
+        row.method,
+        "" if row.tau is None else f"{row.tau:g}",
+        f"{row.quality:.4f}",
+        f"{row.quality_low:.4f}",
+        f"{row.quality_high:.4f}",
+        f"{row.seconds:.4f}",
+        f"{row.speedup:.3f}",
+        "" if row.acceptance is None else f"{row.acceptance:.4f}",
+        str(row.videos),
+    )
+
+
+def _table(
+    rows: Sequence[Row], gained: Sequence[tuple[float, float, float, float]], about: str
+) -> str:
+    whole = rows[0].quality
+    text = [
+        "# Quality and speed of every way to route\n",
+        f"{about}\n",
+        "`tau` is the threshold; for random routing it is the probability to keep a draft.",
+        "Acceptance leaves a forced first block out. Quality is the judge's, with a 95% interval;",
+        "`kept` is the share of target-only quality.\n",
+        "| method | tau | quality | 95% interval | kept | s/video | speed-up | acceptance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name, tau, quality, low, high, seconds, speedup, _, _ = _cells(row)
+        kept = "-" if row.acceptance is None else f"{row.acceptance:.1%}"
+        text.append(
+            f"| {name} | {tau or '-'} | {quality} | {low} to {high} | {row.quality / whole:.1%} "
+            f"| {seconds} | {speedup} | {kept} |"
+        )
+    text.append("\nAgainst the paper's own points (its Table 1):\n")
+    drafts = next((row for row in rows if row.method == "draft"), None)
+    if drafts is not None:
+        share = drafts.quality / whole
+        text.append(
+            f"- draft-only keeps {share:.1%} of target-only quality (at most {PAPER_DRAFT:.0%}: "
+            f"{'yes' if share <= PAPER_DRAFT else 'no'})"
+        )
+    for share, speedup in PAPER_POINTS:
+        fast = [row for row in rows if row.method == "reward" and row.speedup >= speedup]
+        best = max(fast, key=lambda row: row.quality, default=None)
+        words = f"- {share:.1%} of target-only quality at {speedup}x or more: "
+        if best is None:
+            text.append(f"{words}no threshold is that fast")
+            continue
+        reached = best.quality / whole
+        text.append(
+            f"{words}{'yes' if reached >= share else 'no'}, tau {best.tau:g} keeps {reached:.1%} "
+            f"at {best.speedup:.2f}x"
+        )
+    if gained:
+        text.append(
+            "\nReward routing less random routing with a forced first block, in quality at the "
+            "same speed (between the random rows, linearly):\n"
+        )
+        text += [
+            f"- tau {tau:g}: {gain:+.4f} ({low:+.4f} to {high:+.4f})"
+            for tau, gain, low, high in gained
+        ]
+        better = sum(low > 0 for _, _, low, _ in gained)
+        worse = sum(high < 0 for _, _, _, high in gained)
+        text.append(
+            f"\nThe reward beats random routing at {better} of {len(gained)} thresholds and loses "
+            f"at {worse}; elsewhere the interval holds zero."
+        )
+    return "\n".join(text) + "\n"
