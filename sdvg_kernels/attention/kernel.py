@@ -6,8 +6,8 @@ A program owns a tile of BT query rows of one head and walks key tiles with the 
 
 in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The tiles are logical: those of the
 sink, and those from the first token that some row of the tile sees to the last. The order of keys does not matter to a
-softmax, so the tiles are renumbered: first the *edges*, where some row misses some key and every key is masked; then the
-*interior*, where nothing is. A split is a run of that numbering. Slots are found per tile: a tile wraps at most once.
+softmax, so the tiles are renumbered: first the *edges*, where some row misses some key or the ring wraps: slot and mask
+are found per key; then the *interior*, where slots are contiguous and nothing is masked. A split is a run of that numbering.
 
 Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; lengths are read on the device.
 """
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from sdvg_kernels._budget import Compilation
 from sdvg_kernels.attention import config
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -63,21 +65,25 @@ def _attend(
     """Fold the tile of logical tokens [t0, t0 + BS) into the running softmax; [t_low, t_high) bounds it if MASKED."""
     # [BS]
     o_t = t0 + tl.arange(0, BS)
-    # the whole tile is in the sink or in the ring: where a sink tile runs past the sink it is masked, or nothing wraps
-    slot0 = tl.where(t0 < sink, t0, sink + (t0 - sink) % (S - sink))
-    o_s = slot0 + tl.arange(0, BS)
-    o_s = tl.where(o_s >= S, o_s - (S - sink), o_s).to(tl.int64)
     o_d = tl.arange(0, D)
+    # a tile begins in the sink or in the ring; one that runs past the sink is masked there, or nothing wraps
+    slot0 = tl.where(t0 < sink, t0, sink + (t0 - sink) % (S - sink))
     # [BS, D]
-    p_kt = p_k + o_s[:, None] * stride_ks + o_d[None, :]
-    p_vt = p_v + o_s[:, None] * stride_vs + o_d[None, :]
     if MASKED:
+        o_s = slot0 + tl.arange(0, BS)
+        o_s = tl.where(o_s >= S, o_s - (S - sink), o_s).to(tl.int64)
         m_s = (o_t >= t_low) & (o_t < t_high)
+        p_kt = p_k + o_s[:, None] * stride_ks + o_d[None, :]
+        p_vt = p_v + o_s[:, None] * stride_vs + o_d[None, :]
         b_k = tl.load(p_kt, mask=m_s[:, None], other=0.0)
         b_v = tl.load(p_vt, mask=m_s[:, None], other=0.0)
     else:
-        b_k = tl.load(p_kt)
-        b_v = tl.load(p_vt)
+        # contiguous slots: the offsets within the tile do not change from tile to tile
+        o_s = tl.arange(0, BS)[:, None]
+        p_k += slot0.to(tl.int64) * stride_ks
+        p_v += slot0.to(tl.int64) * stride_vs
+        b_k = tl.load(p_k + (o_s * stride_ks + o_d[None, :]))
+        b_v = tl.load(p_v + (o_s * stride_vs + o_d[None, :]))
 
     # [BT, BS]
     if UPCAST_DOT:
@@ -149,6 +155,7 @@ def attention_kernel(
     D: tl.constexpr,
     BT: tl.constexpr,
     BS: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -181,10 +188,14 @@ def attention_kernel(
     low = tl.where(low == sink, 0, low)
     n_sink = tl.where(low == 0, 0, tl.cdiv(tl.maximum(sink_high, 0), BS))
     n_ring = tl.cdiv(tl.maximum(e_last - low, 0), BS)
-    # tiles of the second range that every row sees entirely: [first, stop)
+    # tiles of the second range that every row sees entirely: [first, stop), but for the one that wraps
     first = tl.minimum(tl.cdiv(tl.maximum(e_last - window - low, 0), BS), n_ring)
     stop = tl.maximum(tl.maximum(e_first - low, 0) // BS, first)
-    n_edge = n_sink + first + n_ring - stop
+    to_wrap = S - tl.where(low < sink, low, sink + (low - sink) % (S - sink))
+    wrap = to_wrap // BS
+    wraps = (to_wrap % BS != 0) & (wrap >= first) & (wrap < stop)
+    wrap = tl.where(wraps, wrap, stop)
+    n_edge = n_sink + first + n_ring - stop + wraps.to(tl.int32)
     n_tile = n_sink + n_ring
     share = tl.cdiv(n_tile, num_splits)
     u_first = i_n * share
@@ -206,9 +217,10 @@ def attention_kernel(
     b_m = tl.full([BT], float("-inf"), tl.float32)
     b_l = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, D], tl.float32)
-    for u in range(u_first, tl.minimum(u_stop, n_edge)):
-        ring = tl.where(u < n_sink + first, u - n_sink, u - n_sink - first + stop)
+    for u in tl.range(u_first, tl.minimum(u_stop, n_edge), num_stages=EDGE_STAGES):
         in_sink = u < n_sink
+        i_s = tl.where(u < n_sink + first, u - n_sink, u - n_sink - first + stop)
+        i_s = tl.where(i_s < n_ring, i_s, wrap)
         b_m, b_l, b_o = _attend(
             b_q,
             b_m,
@@ -218,7 +230,7 @@ def attention_kernel(
             p_v,
             stride_ks,
             stride_vs,
-            tl.where(in_sink, u * BS, low + ring * BS),
+            tl.where(in_sink, u * BS, low + i_s * BS),
             tl.where(in_sink, 0, low),
             tl.where(in_sink, sink_high, e_last),
             o_end,
@@ -238,6 +250,7 @@ def attention_kernel(
             UPCAST_DOT,
         )
     for u in range(tl.maximum(u_first, n_edge), u_stop):
+        i_s = u - n_edge + first
         b_m, b_l, b_o = _attend(
             b_q,
             b_m,
@@ -247,7 +260,7 @@ def attention_kernel(
             p_v,
             stride_ks,
             stride_vs,
-            low + (u - n_edge + first) * BS,
+            low + (i_s + (i_s >= wrap).to(tl.int32)) * BS,
             0,
             0,
             o_end,
@@ -360,11 +373,12 @@ def block_causal_attention(
     lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    launch = config.choose(_capability(query.device), dim, query.dtype, rows)
+    launch = config.choose(_capability(query.device), dim, query.dtype, rows, bias is not None)
     tiles = batch * heads * triton.cdiv(rows, launch.BT)
     if num_splits is None:
         seen = size if window is None else min(size, sink + window + rows)
-        num_splits = config.splits(tiles, triton.cdiv(seen, launch.BS), _processors(query.device))
+        key_tiles = triton.cdiv(seen, launch.BS)
+        num_splits = config.splits(launch, tiles, key_tiles, _processors(query.device))
 
     partial, partial_lse = out, lse
     if num_splits > 1:
@@ -408,6 +422,7 @@ def block_causal_attention(
             D=dim,
             BT=launch.BT,
             BS=launch.BS,
+            EDGE_STAGES=launch.edge_stages,
             HAS_INDEX=cache_batch_idx is not None,
             HAS_LSE=return_lse or num_splits > 1,
             HAS_BIAS=bias is not None,
@@ -454,3 +469,63 @@ def _processors(device: torch.device) -> int:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return the context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def compilations(arch: int) -> Iterator[Compilation]:
+    """Yield every shipped configuration for `arch`, plain and with every feature on."""
+    stride = ("stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_ks", "stride_kh")
+    stride += ("stride_vb", "stride_vs", "stride_vh", "stride_ob", "stride_ot", "stride_oh")
+    stride += ("stride_on",)
+    integers = (*stride, "B", "T", "S", "H", "block_size", "sink", "window")
+    integers += ("bias_start", "bias_stop", "num_splits")
+    tensors = ("query", "k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "out", "lse")
+    types = {"cache_seqlens": "*i32", "cache_batch_idx": "*i32", "lse": "*fp32"}
+    types |= {"scale": "fp32", "bias": "fp32"} | dict.fromkeys(integers, "i32")
+    for (table_arch, dim, is_float32), table in config.LAUNCHES.items():
+        if table_arch != arch:
+            continue
+        dtype = torch.float32 if is_float32 else torch.bfloat16
+        name = "fp32" if is_float32 else "bf16"
+        cases = [(launch, False) for _, launch in table]
+        cases += [(config.BIASED if launch.BS == 128 else launch, True) for _, launch in table]
+        for launch, full in cases:
+            yield Compilation(
+                kernel=attention_kernel,
+                arch=arch,
+                config=f"D{dim} {name} BT{launch.BT} BS{launch.BS}"
+                + (" bias lse idx" if full else ""),
+                signature=types
+                | {key: f"*{name}" for key in ("query", "k_cache", "v_cache", "out")},
+                constants={
+                    "GROUP": 1,
+                    "D": dim,
+                    "BT": launch.BT,
+                    "BS": launch.BS,
+                    "EDGE_STAGES": launch.edge_stages,
+                    "HAS_INDEX": full,
+                    "HAS_LSE": full,
+                    "HAS_BIAS": full,
+                    "BIAS_TO_BLOCK": full,
+                    "UPCAST_DOT": False,
+                }
+                | ({} if full else {"cache_batch_idx": None}),
+                divisible=(*tensors, *stride),
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                budget=config.budget(arch, launch, dtype),
+            )
+    for dim in (64, 128):
+        launch = config.COMBINE
+        yield Compilation(
+            kernel=combine_kernel,
+            arch=arch,
+            config=f"D{dim} bf16 BT{launch.BT} lse",
+            signature={"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
+            | dict.fromkeys(("stride_ob", "stride_ot", "stride_oh"), "i32")
+            | dict.fromkeys(("B", "T", "H", "num_splits"), "i32"),
+            constants={"D": dim, "BT": launch.BT, "HAS_LSE": True},
+            divisible=("part", "part_lse", "out", "lse", "stride_ob", "stride_ot", "stride_oh"),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            budget=config.COMBINE_BUDGET,
+        )
