@@ -1,0 +1,228 @@
+"""`block_causal_attention` at the shapes of streaming video, against torch's SDPA, FlexAttention and FlashAttention-3.
+
+Wan at 480 x 832 has 1,560 tokens a latent frame; a block is 3 frames. 12 heads are the 1.3B model, 40 the 14B one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.harness import Bench, Candidate, Case, Plan, main
+from benchmarks.peers import Attention, Peer, attention_peers, torch_sdpa
+from sdvg_kernels import block_causal_attention, implementations
+from sdvg_kernels.testing import assert_within_budget
+
+FRAME = 1560
+BLOCK = 3 * FRAME
+
+
+class Shape(NamedTuple):
+    """One attention problem; all counts in tokens."""
+
+    batch: int
+    rows: int
+    heads: int
+    # slots of the ring; `length` logical tokens, the query included
+    slots: int
+    length: int
+    dim: int = 128
+    sink: int = 0
+    window: int | None = None
+    # query blocks of rows / blocks tokens
+    blocks: int = 1
+    # FlexAttention compiles for each shape, which takes seconds: not everywhere
+    flex: bool = False
+
+    def __str__(self) -> str:
+        text = f"B={self.batch} T={self.rows} H={self.heads} D={self.dim} S={self.slots}"
+        if self.length != self.slots:
+            text += f" L={self.length}"
+        if self.sink:
+            text += f" sink={self.sink}"
+        if self.window is not None:
+            text += f" window={self.window}"
+        return text + (f" blocks={self.blocks}" if self.blocks > 1 else "")
+
+    def visible(self) -> torch.Tensor:
+        """Return which slots each query block sees, bool [blocks, S], straight from the definition of the ring."""
+        seen = torch.zeros(self.blocks, self.slots, dtype=torch.bool)
+        ring = self.slots - self.sink
+        tokens = torch.arange(self.length)
+        slots = torch.where(tokens < self.sink, tokens, self.sink + (tokens - self.sink) % ring)
+        held = (tokens < self.sink) | (tokens >= self.length - ring)
+        for block in range(self.blocks):
+            end = self.length - (self.blocks - 1 - block) * (self.rows // self.blocks)
+            sees = held & (tokens < end)
+            if self.window is not None:
+                sees &= (tokens < self.sink) | (tokens >= end - self.window)
+            seen[block, slots[sees]] = True
+        return seen
+
+
+def shapes(cpu: bool, quick: bool) -> list[Shape]:
+    """Return the problems, the ones that matter most first."""
+    if cpu:
+        return [
+            Shape(1, 12, 2, 36, 36, dim=64),
+            Shape(2, 12, 2, 40, 57, dim=64, sink=4, window=24),
+            Shape(1, 24, 2, 48, 48, dim=64, window=24, blocks=2),
+            Shape(1, 1, 2, 50, 50, dim=64),
+        ]
+    keys = (4680, 32760) if quick else (4680, 9360, 18720, 32760)
+    steady = [Shape(1, BLOCK, heads, s, s, flex=True) for heads in (12, 40) for s in keys]
+    # a sink of one block and a window of four, wrapped; the ring has one block to spare
+    ring = {"slots": 6 * BLOCK, "length": 8 * BLOCK + FRAME, "sink": BLOCK, "window": 4 * BLOCK}
+    wrapped = [Shape(1, BLOCK, heads, **ring, flex=True) for heads in (12, 40)]
+    # the lazy commit: three pending blocks in one pass
+    pending = [
+        Shape(1, 3 * BLOCK, heads, 32760, 32760, window=18720, blocks=3, flex=True)
+        for heads in (12, 40)
+    ]
+    small = [
+        Shape(1, rows, heads, 16384, 16384, flex=rows == 16)
+        for heads in (12, 40)
+        for rows in ((1, 16) if quick else (1, 4, 16, 64))
+    ]
+    batched = [Shape(2, BLOCK, heads, s, s) for heads in (12, 40) for s in keys]
+    narrow = [Shape(1, BLOCK, 24, s, s, dim=64, flex=True) for s in (18720,)]
+    return steady + wrapped + small + narrow + pending + batched
+
+
+def plans(bench: Bench) -> Iterator[Plan]:
+    """Yield the cases."""
+    for shape in shapes(bench.device.type == "cpu", bench.quick):
+        yield Plan(f"block_causal_attention {shape}", partial(case, bench, shape))
+
+
+def case(bench: Bench, shape: Shape) -> Case:
+    """Return one problem with fresh random inputs, our implementations and every peer that is here."""
+    device, cpu = bench.device, bench.device.type == "cpu"
+    dtype = torch.float32 if cpu else torch.bfloat16
+    visible = shape.visible()
+    sizes = (shape.batch, shape.slots, shape.heads, shape.dim)
+    query = torch.randn(shape.batch, shape.rows, *sizes[2:], dtype=dtype, device=device)
+    k_cache, v_cache = (torch.randn(sizes, dtype=dtype, device=device) for _ in range(2))
+    # what nobody sees is large, so that one leaked slot shows
+    for cache in (k_cache, v_cache):
+        cache[:, ~visible.any(0).to(device)] = 1e4
+    lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
+    contract = {
+        "block_size": shape.rows // shape.blocks,
+        "sink": shape.sink,
+        "window": shape.window,
+    }
+
+    exact = block_causal_attention(
+        *(tensor.double() for tensor in (query, k_cache, v_cache)),
+        lengths,
+        **contract,
+        implementation="reference",
+    )
+    gather = partial(_block_by_block, runs=[_runs(row) for row in visible])
+    plain = gather(_eager, query, k_cache, v_cache)
+
+    def check(out: object) -> None:
+        assert_within_budget(out, plain, exact)
+
+    out = torch.empty_like(query)
+
+    def ours(name: str) -> Candidate:
+        def run() -> torch.Tensor:
+            block_causal_attention(
+                query, k_cache, v_cache, lengths, **contract, out=out, implementation=name
+            )
+            return out
+
+        return Candidate(name, run, check, reset=lambda: out.fill_(torch.nan))
+
+    left_out, candidates = {}, []
+    for name, reason in implementations()["attention"].items():
+        # the reference is what serves a CPU, and no candidate on a GPU
+        if (name == "reference") is not cpu:
+            continue
+        if reason:
+            left_out[name] = reason
+        else:
+            candidates.append(ours(name))
+    seen = visible.to(device)
+    for peer in [torch_sdpa(device), *attention_peers(device)]:
+        if reason := _why_not(peer, shape, bench):
+            left_out[peer.name] = reason
+            continue
+        attend = peer.build()
+        run = _with_mask(attend, seen) if peer.masks else partial(gather, attend)
+        candidates.append(
+            Candidate(peer.name, partial(run, query, k_cache, v_cache), check, peer=True)
+        )
+
+    pairs = int(visible.sum()) * (shape.rows // shape.blocks)
+    touched = int(visible.any(0).sum())
+    values = shape.batch * shape.heads * shape.dim
+    return Case(
+        op="block_causal_attention",
+        shape=str(shape),
+        dtype=str(dtype).removeprefix("torch."),
+        candidates=candidates,
+        flops=4 * values * pairs,
+        bytes=2 * values * (shape.rows + touched) * query.element_size(),
+        left_out=left_out,
+    )
+
+
+def _why_not(peer: Peer, shape: Shape, bench: Bench) -> str:
+    if peer.name == "flex" and not peer.reason and not shape.flex:
+        return "not compiled for this shape, to save time"
+    return peer.reason
+
+
+def _runs(visible: torch.Tensor) -> list[slice]:
+    """Return the runs of True in bool [S]."""
+    edges = torch.diff(visible.int(), prepend=torch.zeros(1), append=torch.zeros(1))
+    starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+    return [slice(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+
+
+def _block_by_block(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    runs: list[list[slice]],
+) -> torch.Tensor:
+    """Return what an attention without masks gives: one call a query block, on the keys that the block sees."""
+    outs = []
+    for rows, slots in zip(query.chunk(len(runs), dim=1), runs, strict=True):
+        key, value = (
+            torch.cat([cache[:, part] for part in slots], 1)
+            if len(slots) > 1
+            else cache[:, slots[0]]
+            for cache in (k_cache, v_cache)
+        )
+        outs.append(attend(rows, key, value, None))
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def _with_mask(attend: Attention, visible: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda query, k_cache, v_cache: attend(query, k_cache, v_cache, visible)
+
+
+def _eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: None
+) -> torch.Tensor:
+    """Return softmax(Q K^T / sqrt(D)) V by PyTorch in the inputs' own dtype, head by head: what the budget is from."""
+    out = torch.empty_like(query)
+    for batch in range(query.shape[0]):
+        for head in range(query.shape[2]):
+            logits = (query[batch, :, head] * query.shape[-1] ** -0.5) @ key[batch, :, head].T
+            out[batch, :, head] = logits.softmax(-1) @ value[batch, :, head]
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main("bench_attention", plans, sys.argv[1:]))

@@ -1,0 +1,297 @@
+"""The SDVG loop: what it costs without any model, and what it gives with Wan at 1.3B and 14B and the embedded pair.
+
+Times are wall clock, host work included, and are those of one block. Weights are random for the large models: time does
+not depend on them, acceptance does, so the router is `Stride`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
+from sdvg import SDVG, Always, Block, Never, Reward, Stride, noise, preset
+from sdvg.types import CausalModel, Decoder, Router, Scorer
+
+
+class NoModel:
+    """A `CausalModel` that is next to nothing: what is left is the loop."""
+
+    receptive_frames = None
+    sink_frames = 0
+    dtype = torch.float32
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], device: torch.device, factor: float
+    ) -> None:
+        self.block_shape, self.device, self.factor = shape, device, factor
+
+    def start(self, prompts: Sequence[str]) -> None:
+        """There is nothing to forget."""
+
+    def denoise(
+        self, latents: Tensor, timestep: float, *, start_frame: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Return the latents times a factor."""
+        return latents * self.factor
+
+    def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+        """There is no cache."""
+
+    def keep(self, *, start_frame: int, rows: Tensor | None = None) -> None:
+        """There is no cache."""
+
+
+class NoDecoder:
+    """A `Decoder` whose frames are one latent value each."""
+
+    def start(self, batch: int) -> None:
+        """Return no state."""
+
+    def decode(self, latents: Tensor, state: None) -> tuple[Tensor, None]:
+        """Return [B, F, 3, 1, 1]."""
+        return latents[:, :, :1, :1, :1].expand(-1, -1, 3, -1, -1), None
+
+    def take(self, state: None, rows: Tensor) -> None:
+        """Return no state."""
+
+    def select(self, draft: None, other: None, rows: Tensor) -> None:
+        """Return no state."""
+
+
+class Size(NamedTuple):
+    """A Wan transformer: heads of `dim` channels."""
+
+    name: str
+    layers: int
+    heads: int
+    ffn: int
+    dim: int = 128
+    text_dim: int = 4096
+
+
+SMALL, LARGE = Size("1.3B", 30, 12, 8960), Size("14B", 40, 40, 13824)
+
+
+def plans(bench: Bench) -> Iterator[Plan]:
+    """Yield the cases."""
+    cpu = bench.device.type == "cpu"
+    # Wan's latents at 480 x 832, and next to none, where drawing the noise costs nothing
+    for shape, batch in (((3, 4, 2, 2), 1), ((3, 4, 2, 2), 4), ((3, 16, 60, 104), 1)):
+        if not (cpu and shape[-1] > 2):
+            yield Plan(
+                f"loop without models {shape} B={batch}", partial(_loop, bench, shape, batch)
+            )
+    if cpu:
+        tiny = Size("tiny", 2, 2, 64, dim=16, text_dim=16)
+        yield Plan("wan tiny", partial(_wan, bench, tiny._replace(layers=1), tiny, 4, 4))
+    else:
+        yield Plan("wan 1.3B for 1.3B", partial(_wan, bench, SMALL, SMALL, 60, 104))
+        if not bench.quick:
+            yield Plan("wan 1.3B for 14B", partial(_wan, bench, SMALL, LARGE, 60, 104))
+    if not (cpu and bench.quick):
+        yield Plan("embedded pair", partial(_embedded, bench))
+
+
+def _loop(bench: Bench, shape: tuple[int, int, int, int], batch: int) -> Case:
+    """Return the engine with models that do nothing, against the same loop by hand."""
+    device, blocks = bench.device, 18
+    drafter, target = (NoModel(shape, device, factor) for factor in (0.9, 1.1))
+    prompts = [f"prompt {i}" for i in range(batch)]
+    tau = -0.5
+
+    def score(frames: Tensor, _: Sequence[str]) -> Tensor:
+        return frames[:, :, 0, 0, 0].float()
+
+    def by_hand() -> list[Tensor]:
+        steps, latents = preset("self_forcing").steps(0), []
+        for block in range(blocks):
+            drawn = [
+                noise.normal(shape, seed=0, sequences=tuple(range(batch)), block=block, step=i)
+                for i in range(len(steps))
+            ]
+            made = []
+            for model in (drafter, target):
+                x = drawn[0].to(device)
+                for i, timestep in enumerate(steps):
+                    if i:
+                        sigma = timestep / 1000
+                        x = (1 - sigma) * x + sigma * drawn[i].to(device)
+                    x = model.denoise(x, timestep, start_frame=3 * block)
+                made.append(x)
+            frames, _ = NoDecoder().decode(made[0], None)
+            accept = (score(frames, prompts).amin(1) >= tau).tolist()
+            keep = torch.tensor([bool(block) and a for a in accept], device=device)
+            latents.append(torch.where(keep[:, None, None, None, None], *made))
+        return latents
+
+    expected = by_hand()
+
+    def check(out: object) -> None:
+        for index, (block, want) in enumerate(zip(out, expected, strict=True)):
+            got = block.latents if isinstance(block, Block) else block
+            assert torch.equal(got, want), f"block {index} is not what the loop by hand gives"
+
+    def engine(commit: str) -> Candidate:
+        loop = SDVG(drafter, target, NoDecoder(), score, Reward(tau), commit=commit)
+        return Candidate(commit, lambda: list(loop.generate(prompts, num_blocks=blocks)), check)
+
+    return Case(
+        op="loop without models",
+        shape=f"B={batch} latents={'x'.join(map(str, shape))}",
+        dtype="float32",
+        candidates=[
+            engine("lazy"),
+            engine("eager"),
+            Candidate("by hand", by_hand, check, peer=True),
+        ],
+        wall=True,
+        units=blocks,
+    )
+
+
+def _wan(bench: Bench, drafter: Size, target: Size, height: int, width: int) -> Case:
+    """Return the loop on random Wan transformers and a random VAE of the real classes."""
+    _require_diffusers()
+    from diffusers import AutoencoderKLWan
+
+    from sdvg.models.vae import StreamingVAE
+
+    device, cpu = bench.device, bench.device.type == "cpu"
+    dtype = torch.float32 if cpu else torch.bfloat16
+    tiny = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if cpu else {}
+    decoder = StreamingVAE(_made(partial(AutoencoderKLWan, **tiny), device, dtype))
+    models = [_transformer(size, height, width, device, dtype) for size in (drafter, target)]
+    return _generation(
+        *models,
+        decoder,
+        None,
+        Stride(3),
+        prompts=["a random video"],
+        shape=f"Wan {drafter.name} for {target.name} {8 * height}x{8 * width} B=1 stride=3",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _transformer(
+    size: Size, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> CausalModel:
+    from diffusers import WanTransformer3DModel
+
+    from sdvg.models.wan import CausalWan
+
+    build = partial(
+        WanTransformer3DModel,
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.dim,
+        ffn_dim=size.ffn,
+        text_dim=size.text_dim,
+    )
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        # of its own generator: who else was started before must not matter
+        generator = torch.Generator(device).manual_seed(1)
+        shape = (len(prompts), 512, size.text_dim)
+        return torch.randn(shape, generator=generator, device=device).mul_(0.1)
+
+    torch.manual_seed(0)
+    return CausalWan(_made(build, device, dtype), encode, height=height, width=width)
+
+
+def _made(
+    build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Return a model made on the device in its dtype: 14B parameters never pass through the host in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return build()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _embedded(bench: Bench) -> Case:
+    """Return the loop on the pair that is shipped."""
+    _require_diffusers()
+    from sdvg.models import embedded
+
+    pair = embedded.load(device=bench.device)
+    return _generation(
+        pair.drafter,
+        pair.target,
+        pair.decoder,
+        pair.scorer,
+        Reward(-0.7),
+        prompts=["a seven moving left"],
+        shape="embedded pair B=1 reward tau=-0.7",
+        dtype="float32",
+    )
+
+
+def _generation(
+    drafter: CausalModel,
+    target: CausalModel,
+    decoder: Decoder,
+    scorer: Scorer | None,
+    router: Router,
+    *,
+    prompts: list[str],
+    shape: str,
+    dtype: str,
+) -> Case:
+    """Return SDVG and draft-only generation, with target-only generation as their peer: `ratio` is the speed-up."""
+    blocks = 4
+
+    def generate(loop: SDVG) -> list[Block]:
+        return list(loop.generate(prompts, num_blocks=blocks))
+
+    alone = partial(SDVG, decoder=decoder, scorer=scorer)
+    target_only, draft_only = alone(None, target), alone(drafter, None)
+    both = partial(alone, drafter, target)
+    never = [block.latents for block in generate(both(router=Never()))]
+    always = [block.latents for block in generate(both(router=Always(), force_first=False))]
+
+    def equals(expected: list[Tensor], out: object) -> None:
+        for block, want in zip(out, expected, strict=True):
+            assert torch.isfinite(want).all(), f"block {block.index} is not finite"
+            assert torch.equal(block.latents, want), f"block {block.index} breaks the law"
+
+    def routed(out: object) -> None:
+        for block in out:
+            assert torch.isfinite(block.latents).all(), f"block {block.index} is not finite"
+            if block.verdicts[0].accepted:
+                assert torch.equal(block.latents, always[block.index]), "a kept draft was changed"
+        assert torch.equal(out[0].latents, never[0]), "block 0 is not the target's"
+
+    return Case(
+        op="generate",
+        shape=f"{shape} blocks={blocks}",
+        dtype=dtype,
+        candidates=[
+            Candidate("sdvg", partial(generate, both(router=router)), routed),
+            Candidate("draft-only", partial(generate, draft_only), partial(equals, always)),
+            Candidate(
+                "target-only", partial(generate, target_only), partial(equals, never), peer=True
+            ),
+        ],
+        wall=True,
+        units=blocks,
+        at_least=2,
+    )
+
+
+def _require_diffusers() -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise Unavailable("diffusers is not installed, and the models are its classes")
+
+
+if __name__ == "__main__":
+    sys.exit(main("bench_loop", plans, sys.argv[1:]))

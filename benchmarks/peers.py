@@ -1,0 +1,147 @@
+"""Whom we compare with: what each peer is, its version, and why it is not here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# query [B, T, H, D], key and value [B, S, H, D], visible bool [blocks of the query, S] -> out [B, T, H, D]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Peer(NamedTuple):
+    """An attention that somebody else wrote, on the same inputs."""
+
+    name: str
+    what: str
+    version: str
+    # "" or why it cannot run here
+    reason: str
+    # whether it looks at `visible`; the others are called block by block with the keys that it sees, gathered inside
+    # the timed region where they do not lie together
+    masks: bool
+    # returns the function for one shape: compiled peers compile for each
+    build: Callable[[], Attention]
+
+
+def attention_peers(device: torch.device) -> list[Peer]:
+    """Return all peers of `block_causal_attention`, those that cannot run on `device` with the reason."""
+    here = "" if device.type == "cuda" else "needs an NVIDIA GPU"
+    cudnn = torch.backends.cudnn.version()
+    fa3 = here or ("" if importlib.util.find_spec("flash_attn_interface") else "is not installed")
+    return [
+        Peer(
+            "sdpa-flash",
+            "torch's scaled_dot_product_attention, FlashAttention backend",
+            torch.__version__,
+            here,
+            False,
+            lambda: functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+        ),
+        Peer(
+            "sdpa-cudnn",
+            "torch's scaled_dot_product_attention, cuDNN backend",
+            f"{torch.__version__}, cuDNN {cudnn}",
+            here or ("" if cudnn else "this torch has no cuDNN"),
+            False,
+            lambda: functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+        ),
+        Peer(
+            "flex",
+            "torch's FlexAttention, compiled for the shape, with a block mask of the visible slots",
+            torch.__version__,
+            here,
+            True,
+            _flex,
+        ),
+        Peer(
+            "fa3",
+            "FlashAttention-3's flash_attn_func",
+            _version("flash_attn_3", "flash-attn-3"),
+            fa3,
+            False,
+            _fa3,
+        ),
+    ]
+
+
+def torch_sdpa(device: torch.device) -> Peer:
+    """Return torch's scaled_dot_product_attention with its own choice of backend: the peer of the CPU smoke lane."""
+    return Peer(
+        "sdpa",
+        "torch's scaled_dot_product_attention, its own choice of backend",
+        torch.__version__,
+        "" if device.type == "cpu" else "the backends are measured one by one",
+        False,
+        lambda: functools.partial(_sdpa, None),
+    )
+
+
+def _sdpa(
+    backend: SDPBackend | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+) -> torch.Tensor:
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _flex() -> Attention:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    # one compilation a shape: past dynamo's limit of recompilations it would run eagerly, which is nobody's peer
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    # the mask of the one shape, made outside of what is timed
+    masks: list[BlockMask] = []
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        if not masks:
+            block = query.shape[1] // len(visible)
+
+            def sees(
+                batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, slot: torch.Tensor
+            ) -> torch.Tensor:
+                return visible[row // block, slot]
+
+            sizes = (query.shape[1], key.shape[1])
+            masks.append(create_block_mask(sees, None, None, *sizes, device=str(query.device)))
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return compiled(query, key, value, block_mask=masks[0]).transpose(1, 2)
+
+    return run
+
+
+def _fa3() -> Attention:
+    from flash_attn_interface import flash_attn_func
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        out = flash_attn_func(query, key, value)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
