@@ -1,1 +1,1 @@
-"""Measurements: each benchmark verifies its output in the same run and prints no figure when that fails."""
+"""Measurements: a benchmark verifies its output in the same run, or prints no figure."""

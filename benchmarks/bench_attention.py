@@ -1,6 +1,7 @@
-"""`block_causal_attention` at the shapes of streaming video, against torch's SDPA, FlexAttention and FlashAttention-3.
+"""`block_causal_attention` at the shapes of streaming video, against SDPA, FlexAttention and FA3.
 
-Wan at 480 x 832 has 1,560 tokens a latent frame; a block is 3 frames. 12 heads are the 1.3B model, 40 the 14B one.
+Wan at 480 x 832 has 1,560 tokens a latent frame; a block is 3 frames. 12 heads are the 1.3B model,
+40 the 14B one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Shape(NamedTuple):
         return text + (f" blocks={self.blocks}" if self.blocks > 1 else "")
 
     def visible(self) -> torch.Tensor:
-        """Return which slots each query block sees, bool [blocks, S], straight from the definition of the ring."""
+        """Return which slots each block sees, bool [blocks, S], from the ring's definition."""
         seen = torch.zeros(self.blocks, self.slots, dtype=torch.bool)
         ring = self.slots - self.sink
         tokens = torch.arange(self.length)
@@ -100,7 +101,7 @@ def plans(bench: Bench) -> Iterator[Plan]:
 
 
 def case(bench: Bench, shape: Shape) -> Case:
-    """Return one problem with fresh random inputs, our implementations and every peer that is here."""
+    """Return one problem with fresh random inputs, ours and every peer that is here."""
     device, cpu = bench.device, bench.device.type == "cpu"
     dtype = torch.float32 if cpu else torch.bfloat16
     visible = shape.visible()
@@ -195,7 +196,7 @@ def _block_by_block(
     *,
     runs: list[list[slice]],
 ) -> torch.Tensor:
-    """Return what an attention without masks gives: one call a query block, on the keys that the block sees."""
+    """Return what an attention without masks gives: a call a block, on the keys it sees."""
     outs = []
     for rows, slots in zip(query.chunk(len(runs), dim=1), runs, strict=True):
         key, value = (
@@ -215,7 +216,7 @@ def _with_mask(attend: Attention, visible: torch.Tensor) -> Callable[..., torch.
 def _eager(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: None
 ) -> torch.Tensor:
-    """Return softmax(Q K^T / sqrt(D)) V by PyTorch in the inputs' own dtype, head by head: what the budget is from."""
+    """Return softmax(Q K^T / sqrt(D)) V in the inputs' own dtype: the budget's yardstick."""
     out = torch.empty_like(query)
     for batch in range(query.shape[0]):
         for head in range(query.shape[2]):

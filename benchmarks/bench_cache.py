@@ -1,8 +1,8 @@
-"""The cache ops at the sizes of Wan 1.3B and 14B, against torch's indexing and against clone-and-roll.
+"""The cache ops at the sizes of Wan 1.3B and 14B, against torch's indexing and clone-and-roll.
 
-Clone-and-roll is what Self-Forcing and LongLive do once the window is full: shift what is kept to the left through a
-clone, layer by layer, and write the block at the end. GB/s are of the bytes that the op must read and write; a peer that
-moves more is charged in time, not credited in bytes.
+Clone-and-roll is what Self-Forcing and LongLive do once the window is full: shift what is kept to
+the left through a clone, layer by layer, and write the block at the end. GB/s are of the bytes that
+the op must read and write; a peer that moves more is charged in time, not credited in bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sdvg_kernels import commit_, compact_, implementations, rollback_, select_,
 
 FRAME = 1560
 BLOCK = 3 * FRAME
-# what Wan's VAE decoder keeps of 480 x 832 between two blocks: (count, channels, height, width), two frames each
+# what Wan's VAE decoder keeps of 480 x 832 between two blocks: (count, channels, height, width),
+# two frames each
 VAE_FEATURES = (
     (1, 16, 60, 104),
     (11, 384, 60, 104),
@@ -169,7 +170,8 @@ def _clone_and_roll(ring: Ring) -> Candidate:
                 new = torch.equal(
                     rolled[layer, :, size.sink :], expected[layer].index_select(1, order)
                 )
-                assert kept and new, f"layer {layer} is not as expected"
+                assert kept, f"the sink of layer {layer} is not as expected"
+                assert new, f"layer {layer} is not as expected"
 
     return Candidate("clone-and-roll", run, check, peer=True, reset=reset)
 
@@ -344,7 +346,7 @@ def _case(
     moved: int | None,
     dtype: str = "",
 ) -> Case:
-    """Return the case with all of our implementations that serve the device; the reference is a peer on a GPU."""
+    """Return the case with ours for the device; on a GPU the reference is a peer."""
     available = implementations()["cache"]
     on_cpu = bench.device.type == "cpu"
     names = ["reference"] if on_cpu else [name for name, reason in available.items() if not reason]

@@ -1,7 +1,7 @@
-"""The SDVG loop: what it costs without any model, and what it gives with Wan at 1.3B and 14B and the embedded pair.
+"""The SDVG loop: its cost without any model, and what it gives with Wan and the embedded pair.
 
-Times are wall clock, host work included, and are those of one block. Weights are random for the large models: time does
-not depend on them, acceptance does, so the router is `Stride`.
+Times are wall clock, host work included, and are those of one block. Weights are random for the
+large models: time does not depend on them, acceptance does, so the router is `Stride`.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _transformer(
 def _made(
     build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Return a model made on the device in its dtype: 14B parameters never pass through the host in float32."""
+    """Return a model made on the device in its dtype: no float32 copy on the host."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -247,7 +247,7 @@ def _generation(
     shape: str,
     dtype: str,
 ) -> Case:
-    """Return SDVG and draft-only generation, with target-only generation as their peer: `ratio` is the speed-up."""
+    """Return SDVG and draft-only generation; target-only is their peer: `ratio` is the speed-up."""
     blocks = 4
 
     def generate(loop: SDVG) -> list[Block]:

@@ -1,12 +1,13 @@
 """Verify, then measure: the one way in which a figure of this project comes about.
 
-A benchmark yields cases. A case holds candidates (our implementations and their peers) for the same inputs. For each
-case, every candidate is checked against the reference, captured in a CUDA graph, replayed once and checked again; then
-all of them are timed in turn, round by round, with the L2 cache cold, and the medians are written. A candidate that
-fails its check gets no row: for one of ours the benchmark ends with exit code 1, for a peer the reason is printed.
+A benchmark yields cases. A case holds candidates (our implementations and their peers) for the same
+inputs. For each case, every candidate is checked against the reference, captured in a CUDA graph,
+replayed once and checked again; then all of them are timed in turn, round by round, with the L2
+cache cold, and the medians are written. A candidate that fails its check gets no row: for one of
+ours the benchmark ends with exit code 1, for a peer the reason is printed.
 
-On a CPU (`--device cpu`) the same code runs small cases without graphs: a smoke lane, whose rows go nowhere unless
-`--out` says where, and never into benchmarks/results.
+On a CPU (`--device cpu`) the same code runs small cases without graphs: a smoke lane, whose rows go
+nowhere unless `--out` says where, and never into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Row(NamedTuple):
     implementation: str
     # median microseconds of one call
     us: float
-    # of the arithmetic and of the bytes (read plus written) that the op must do, whatever the implementation does
+    # of the arithmetic and of the bytes (read plus written) that the op must do, whatever the
+    # implementation does
     tflops: float | None
     gbps: float | None
     # the least time that the measured limits allow / us
@@ -68,7 +70,8 @@ class Candidate:
     """One way to do a case's work."""
 
     name: str
-    # does the work once and returns what `check` looks at; captured in a CUDA graph unless the case says otherwise
+    # does the work once and returns what `check` looks at; captured in a CUDA graph unless the case
+    # says otherwise
     run: Callable[[], object]
     # raises AssertionError when the output is wrong
     check: Callable[[object], None]
@@ -117,11 +120,12 @@ def measure(
     at_least: int = 5,
     sample: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return the median microseconds of each run, all of them timed in turn for about `seconds`, `at_least` rounds.
+    """Return each run's median microseconds: all timed in turn, for `seconds`, `at_least` rounds.
 
-    On a GPU the runs are enqueued behind a read of a buffer of four times the L2 cache (read, not written: lines
-    that had to be written back would be charged to whoever comes next), between two events; the host runs ahead, so
-    launches cost nothing. On a CPU each run is timed by the wall clock. `sample` is called while the work is in flight.
+    On a GPU the runs are enqueued behind a read of a buffer of four times the L2 cache (read, not
+    written: lines that had to be written back would be charged to whoever comes next), between two
+    events; the host runs ahead, so launches cost nothing. On a CPU each run is timed by the wall
+    clock. `sample` is called while the work is in flight.
     """
     if device.type == "cpu":
         timer = _wall_times
@@ -178,7 +182,7 @@ def _event_times(
 
 
 def capture(run: Callable[[], object]) -> tuple[Callable[[], object], object]:
-    """Return (replay, the output that replaying writes) of `run`, warmed up and captured in a CUDA graph."""
+    """Return (replay, the output that it writes) of `run`, warmed up, captured in a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -216,7 +220,7 @@ class Bench:
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(
-                "device must be one that is here, got 'cuda' without a GPU; --device cpu is the smoke lane"
+                "device must be here, got 'cuda' without a GPU; --device cpu is the smoke lane"
             )
         if (
             device == "cpu"
@@ -317,7 +321,7 @@ class Bench:
         self._write()
 
     def _verified(self, candidate: Candidate, wall: bool) -> Callable[[], object]:
-        """Return what is to be timed, after its output was found right, eagerly and in the graph."""
+        """Return what is to be timed, its output found right, eagerly and in the graph."""
         candidate.reset()
         out = candidate.run()
         _synchronize()
@@ -344,7 +348,7 @@ class Bench:
         return max(bounds, default=None)
 
     def _measure_limits(self) -> dict[str, float]:
-        """Measure a large copy and a large bf16 matrix product, on random data: the limits of this run."""
+        """Measure a large copy and a large bf16 matrix product on random data: the limits."""
         cuda, device = self.device.type == "cuda", self.device
         size = 1 << 23
         if cuda:
@@ -352,7 +356,8 @@ class Bench:
             size = min(1 << 31, torch.cuda.mem_get_info()[0] // 8)
         source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
         target = torch.empty_like(source)
-        # 8192 divides into whole tiles and waves enough; a CPU has no business with more than a smoke test
+        # 8192 divides into whole tiles and waves enough; a CPU has no business with more than a
+        # smoke test
         n, dtype = (8192, torch.bfloat16) if cuda else (256, torch.float32)
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         product = torch.empty_like(a)
@@ -395,7 +400,8 @@ class Bench:
             f"# {self.name} on {self.gpu}\n",
             f"Commit {self.commit}; {versions}. Limits measured in this run: {limits}.",
             "Ratio: time of the best peer / time of the row; above 1 the row is faster.\n",
-            "| op | shape | dtype | implementation | us | TFLOP/s | GB/s | % of limit | best peer | ratio | SM MHz | W |",
+            "| op | shape | dtype | implementation | us | TFLOP/s | GB/s | % of limit"
+            " | best peer | ratio | SM MHz | W |",
             "|---|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|",
         ]
         for row in self.rows:
@@ -410,7 +416,7 @@ class Bench:
 
 
 def line(row: Row) -> str:
-    """Return a row for the terminal: what it is, then `us | TFLOP/s | GB/s | % of limit | best peer`."""
+    """Return a row for the terminal: `us | TFLOP/s | GB/s | % of limit | best peer`."""
     what = f"{row.op} {row.shape} {row.dtype} {row.implementation}"
     us, tflops, gbps, share, best = _figures(row)
     ratio = f" {row.ratio:.2f}x" if row.ratio is not None else ""
@@ -449,7 +455,7 @@ def slug(gpu: str) -> str:
 
 
 def commit() -> str:
-    """Return git's short commit, with "-dirty" if it was changed; without git a hash of the sources, "tree-...".
+    """Return git's short commit, "-dirty" if changed; without git the sources' hash, "tree-...".
 
     Result files do not make it dirty: a run writes them.
     """
@@ -494,7 +500,7 @@ def versions() -> dict[str, str | float]:
 
 
 def clocks() -> dict[str, str | float]:
-    """Return the GPU's clocks (MHz), power and its limit (W) at this moment; nothing where nvidia-smi is not there."""
+    """Return the GPU's clocks (MHz) and power (W) now; nothing where there is no nvidia-smi."""
     state = _smi(
         sm_mhz="clocks.sm", memory_mhz="clocks.mem", watts="power.draw", watts_limit="power.limit"
     )

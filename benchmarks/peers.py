@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# query [B, T, H, D], key and value [B, S, H, D], visible bool [blocks of the query, S] -> out [B, T, H, D]
+# query [B, T, H, D], key and value [B, S, H, D], visible bool [blocks of the query, S] -> out [B,
+# T, H, D]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -24,15 +25,15 @@ class Peer(NamedTuple):
     version: str
     # "" or why it cannot run here
     reason: str
-    # whether it looks at `visible`; the others are called block by block with the keys that it sees, gathered inside
-    # the timed region where they do not lie together
+    # whether it looks at `visible`; the others are called block by block with the keys that it
+    # sees, gathered inside the timed region where they do not lie together
     masks: bool
     # returns the function for one shape: compiled peers compile for each
     build: Callable[[], Attention]
 
 
 def attention_peers(device: torch.device) -> list[Peer]:
-    """Return all peers of `block_causal_attention`, those that cannot run on `device` with the reason."""
+    """Return the peers of `block_causal_attention`; those that cannot run say why."""
     here = "" if device.type == "cuda" else "needs an NVIDIA GPU"
     cudnn = torch.backends.cudnn.version()
     fa3 = here or ("" if importlib.util.find_spec("flash_attn_interface") else "is not installed")
@@ -73,7 +74,7 @@ def attention_peers(device: torch.device) -> list[Peer]:
 
 
 def torch_sdpa(device: torch.device) -> Peer:
-    """Return torch's scaled_dot_product_attention with its own choice of backend: the peer of the CPU smoke lane."""
+    """Return torch's SDPA with its own choice of backend: the peer of the CPU smoke lane."""
     return Peer(
         "sdpa",
         "torch's scaled_dot_product_attention, its own choice of backend",
@@ -101,7 +102,8 @@ def _sdpa(
 def _flex() -> Attention:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-    # one compilation a shape: past dynamo's limit of recompilations it would run eagerly, which is nobody's peer
+    # one compilation a shape: past dynamo's limit of recompilations it would run eagerly, which is
+    # nobody's peer
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     # the mask of the one shape, made outside of what is timed

@@ -1,7 +1,7 @@
-"""Run every benchmark, each in a process of its own: `python -m benchmarks.run_all [--quick] [--out FOLDER]`.
+"""Run all benchmarks, each in its own process: `python -m benchmarks.run_all [--quick] [--out DIR]`.
 
-A benchmark that fails, crashes the driver's context or hangs takes no other with it; what it had measured is already
-written. The exit code is 1 if any of them failed.
+A benchmark that fails, crashes the driver's context or hangs takes no other with it; what it had
+measured is already written. The exit code is 1 if any of them failed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 
-# seconds after which a benchmark begins no further case; together under six minutes, so that the tests fit in nine
+# seconds after which a benchmark begins no further case; together under six minutes, so that the
+# tests fit in nine
 BUDGETS = {"bench_cache": 60.0, "bench_attention": 180.0, "bench_loop": 70.0}
 # what a last case may take beyond the budget before the process is ended
 GRACE = 60.0
 
 
 def run(name: str, arguments: Sequence[str], limit: float) -> int:
-    """Run one benchmark with `arguments`; return its exit code, or 124 when it was ended after `limit` seconds."""
+    """Run one benchmark; return its exit code, or 124 when it was ended after `limit` seconds."""
     path = os.pathsep.join(
         [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
