@@ -1,4 +1,4 @@
-"""Run all benchmarks, each in its own process: `python -m benchmarks.run_all [--quick] [--out DIR]`.
+"""Run all benchmarks, each in its own process: `python -m benchmarks.run_all [--quick]`.
 
 A benchmark that fails, crashes the driver's context or hangs takes no other with it; what it had
 measured is already written. The exit code is 1 if any of them failed.
