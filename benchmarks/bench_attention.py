@@ -177,7 +177,7 @@ def case(bench: Bench, shape: Shape) -> Case:
 
 def _why_not(peer: Peer, shape: Shape, bench: Bench) -> str:
     if peer.name == "flex" and not peer.reason and not shape.flex:
-        return "not compiled for this shape, to save time"
+        return "compiled for some of the shapes only, to save time"
     return peer.reason
 
 

@@ -264,7 +264,7 @@ class Bench:
         seconds = 0.15 if self.quick else 0.3
         ready: dict[str, Callable[[], object]] = {}
         for name, reason in case.left_out.items():
-            self._say_left_out(f"{case.op} {case.shape} {name}", reason)
+            self._say_left_out(name, reason)
         sound = True
         for candidate in case.candidates:
             what = f"{case.op} {case.shape} {candidate.name}"
@@ -371,8 +371,11 @@ class Bench:
         return limits
 
     def _say_left_out(self, what: str, reason: str) -> None:
-        self.left_out.append(f"{what}: {reason}")
-        print(f"left out: {self.left_out[-1]}", flush=True)
+        entry = f"{what}: {reason}"
+        # what no case has is said once
+        if entry not in self.left_out:
+            self.left_out.append(entry)
+            print(f"left out: {entry}", flush=True)
 
     def _fail(self, what: str) -> None:
         self.failed.append(what)
