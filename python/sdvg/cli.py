@@ -244,6 +244,10 @@ def _paths(out: Path, count: int) -> list[Path]:
 def _load(args: argparse.Namespace) -> EmbeddedPair:
     from sdvg.models import embedded
 
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads: must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
 
@@ -310,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drafter-cache", default="own", help="own (its own drafts) or synced (the final blocks)")
     add("--blocks", type=int, default=9)
     add("--seed", type=int, default=0)
+    add("--threads", type=int, help="CPU threads of torch; fewer where other work has the cores")
 
     new = commands.add_parser("generate", parents=[common, models], help="make videos")
     add = new.add_argument

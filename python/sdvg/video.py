@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # libx264 stands in every PyAV wheel; a build of FFmpeg without it still has the other
 _CODECS = ("libx264", "mpeg4")
-_TEXT_WIDTH, _GAP, _STRIP, _THUMB = 330, 10, 1080, 90
+_TEXT_WIDTH, _GAP, _STRIP, _THUMB = 330, 10, 1200, 96
 _KEPT, _REDONE, _PAPER, _INK, _PALE = "#2e9e44", "#d33a2c", "#ffffff", "#1c1c1c", "#6a6a6a"
 
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from sdvg import sweep as room
-from sdvg.sweep import COLUMNS, Method, gains, methods, prompts, summarise, sweep, write
 from torch import Tensor
 
+from sdvg import sweep as room
+from sdvg.sweep import COLUMNS, Method, gains, methods, prompts, summarise, sweep, write
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
 
 pytest.importorskip("matplotlib", reason="the plot is matplotlib's")

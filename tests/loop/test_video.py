@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sdvg.video import Aside, ContactSheet, VideoWriter, pixels
 from torch import Tensor
+
+from sdvg.video import Aside, ContactSheet, VideoWriter, pixels
 
 av = pytest.importorskip("av", reason="the mp4 writer is PyAV's")
 image = pytest.importorskip("PIL.Image", reason="the contact sheet is Pillow's")
@@ -98,7 +99,7 @@ def test_sheet_has_a_row_a_block_with_its_colour_and_its_frames(tmp_path: Path) 
         [y for y, pixel in enumerate(line) if pixel == (round(g * 255),) * 3]
         for g in greys.tolist()
     ]
-    assert all(len(row) == 64 for row in rows)
+    assert all(len(row) == 96 for row in rows)
     assert rows[0][0] < rows[1][0] < rows[2][0]
     border = [got[row[0], 11] for row in rows]
     assert [colour[1] > colour[0] for colour in border] == [False, True, False]
