@@ -39,7 +39,7 @@ EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplem
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 for an error (one sentence on stderr), 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def sweep(args: argparse.Namespace) -> int:
     grids = QUICK if args.quick else (THRESHOLDS, MEAN_THRESHOLDS, PROBABILITIES)
     asked = (args.thresholds, args.mean_thresholds, args.accept)
     lines = methods(*(grid if own is None else own for own, grid in zip(asked, grids, strict=True)))
-    count = args.prompts or (8 if args.quick else 100)
+    count = (8 if args.quick else 100) if args.prompts is None else args.prompts
     options = {
         "schedule": preset(args.schedule), "commit": _commit(args.commit),
         "drafter_cache": args.drafter_cache,
@@ -298,9 +298,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("sdvg", description="Video generation by speculation: draft, score, repair.")
-    commands = parser.add_subparsers(required=True, metavar="generate | sweep | env")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = _Parser("sdvg", description="Video generation by speculation: draft, score, repair.")
+    commands = top.add_subparsers(required=True, metavar="generate | sweep | env")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     new = commands.add_parser("env", parents=[common], help="versions and what serves each op")
     new.add_argument("--json", action="store_true")
     new.set_defaults(run=show_env)
-    return parser
+    return top
 
 
 if __name__ == "__main__":
