@@ -177,12 +177,17 @@ def _read(binary: str, *select: str) -> dict[str, _Facts]:
         matrix: dict[str, int] = {}
         for instruction in _MATRIX.findall(code[name]):
             matrix[instruction] = matrix.get(instruction, 0) + 1
-        spilled = sum(
-            next((int(bits) // 8 for bits in ("128", "64", "16", "8") if f".{bits}" in width), 4)
-            for width in _LOCAL.findall(code[name])
-        )
-        facts[name] = _Facts(int(registers), int(shared), spilled, matrix)
+        facts[name] = _Facts(int(registers), int(shared), _spilled(code[name]), matrix)
     return facts
+
+
+def _spilled(code: str) -> int:
+    """Return the bytes that machine code stores to and loads from local memory."""
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return sum(
+        next((size for width, size in widths.items() if width in found.split(".")), 4)
+        for found in _LOCAL.findall(code)
+    )
 
 
 def _cuda_rows(archs: list[int]) -> tuple[list[Row], str]:

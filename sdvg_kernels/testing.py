@@ -1,11 +1,20 @@
-"""What tests of the ops share, shipped so that users can test their own GPU."""
+"""What tests of the ops share, shipped so that users can test their own GPU.
+
+python -m sdvg_kernels.testing      # checks every implementation that this machine has
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from sdvg_kernels import _ops
+import torch
+
+from sdvg_kernels import _ops, block_causal_attention, route_blocks
+from sdvg_kernels._check import triton_reason
+from sdvg_kernels.attention import KeyBias
 
 # --- the host lane: the CUDA sources, run on CPU tensors thread by thread ---
 
@@ -34,3 +43,196 @@ def host_lane_order(order: int) -> Iterator[None]:
         yield
     finally:
         extension.set_host_order(0)
+
+
+# --- lanes: where an implementation runs ---
+
+
+class Lane(NamedTuple):
+    """An implementation of the Python-launched ops, and the device that it runs on here."""
+
+    name: str
+    device: str
+    implementation: str
+
+
+def lanes() -> list[Lane]:
+    """Return the lanes of this machine: the references, Triton's interpreter where it is on, and the GPU's."""
+    found = [Lane("reference", "cpu", "reference")]
+    if not triton_reason("cpu"):
+        found.append(Lane("interpreter", "cpu", "triton"))
+    if torch.cuda.is_available():
+        found.append(Lane("reference-cuda", "cuda", "reference"))
+        if not triton_reason("cuda"):
+            found.append(Lane("triton", "cuda", "triton"))
+    return found
+
+
+# --- attention: inputs by logical content, and what they must give ---
+
+
+class RingCache(NamedTuple):
+    """K and V caches [B, S, Hk, D] whose unused slots are NaN, and their lengths [B] int32."""
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    cache_seqlens: torch.Tensor
+
+
+def ring_cache(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: int, sink: int = 0
+) -> RingCache:
+    """Write each sequence's logical tokens [L_b, Hk, D] one after another into a ring of `slots` slots.
+
+    Slot of token `t`: `t` if `t < sink`, else `sink + (t - sink) % (slots - sink)`. The rest is NaN.
+    """
+    caches = []
+    for sequences in (keys, values):
+        cache = sequences[0].new_full((len(sequences), slots, *sequences[0].shape[1:]), torch.nan)
+        for row, sequence in zip(cache, sequences, strict=True):
+            token = torch.arange(len(sequence), device=sequence.device)
+            held = (token < sink) | (token >= len(sequence) - (slots - sink))
+            ring = sink + (token - sink) % (slots - sink)
+            row[torch.where(token < sink, token, ring)[held]] = sequence[held]
+        caches.append(cache)
+    lengths = [len(sequence) for sequence in keys]
+    return RingCache(*caches, torch.tensor(lengths, dtype=torch.int32, device=keys[0].device))
+
+
+def logical_attention(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    *,
+    slots: int,
+    block_size: int | None = None,
+    sink: int = 0,
+    window: int | None = None,
+    softmax_scale: float | None = None,
+    key_bias: KeyBias | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `block_causal_attention` (out [B, T, H, D], lse [B, H, T]) in query's dtype, from logical tokens.
+
+    Knows nothing of slots but their number: every row has a mask over its sequence's tokens, written as the
+    contract words it. In float64 it is the truth; in a smaller dtype it is plain PyTorch in that dtype.
+    """
+    batch, rows, heads, dim = query.shape
+    device = query.device
+    out = torch.zeros_like(query)
+    lse = query.new_full((batch, heads, rows), -torch.inf)
+    block_size = block_size or max(rows, 1)
+    for b, (key, value) in enumerate(zip(keys, values, strict=True)):
+        length = len(key)
+        token = torch.arange(length, device=device)
+        row = torch.arange(rows, device=device)[:, None]
+        begin = length - rows + row // block_size * block_size
+        end = (begin + block_size).clamp(max=length)
+        sees = (token < end) & (length - rows + row >= 0)
+        if window is not None:
+            sees &= (token < sink) | (token >= end - window)
+        sees &= (token < sink) | (token >= length - (slots - sink))
+        group = heads // key.shape[1]
+        for h in range(heads):
+            logits = query[b, :, h] @ key[:, h // group].T
+            logits = logits * (dim**-0.5 if softmax_scale is None else softmax_scale)
+            if key_bias is not None:
+                stop = begin if key_bias.stop is None else key_bias.stop
+                biased = (token >= key_bias.start) & (token < stop)
+                logits = torch.where(biased, logits + key_bias.bias, logits)
+            logits = logits.masked_fill(~sees, -torch.inf)
+            seen = sees.any(1)
+            out[b, seen, h] = logits[seen].softmax(-1) @ value[:, h // group]
+            lse[b, h] = logits.logsumexp(-1)
+    return out, lse
+
+
+def assert_within_budget(
+    actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, what: str = "output"
+) -> None:
+    """Assert that `actual` is at most twice as far from `exact` (float64) as plain PyTorch in its dtype is.
+
+    To that error one rounding of the largest value is added: where PyTorch happens to be exact, nothing else
+    could pass. Values that are not finite must be the same in `actual` as in `exact`.
+    Source: flash-attention's test suite.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, not {exact.shape}"
+    assert actual.dtype == same_dtype.dtype, f"{what}: {actual.dtype}, not {same_dtype.dtype}"
+    finite = exact.isfinite()
+    other = torch.where(finite, 0, exact)
+    got = torch.where(finite, 0, actual.to(exact))
+    assert torch.equal(got.nan_to_num(7.0), other.nan_to_num(7.0)), f"{what}: other infinities"
+    if not finite.any():
+        return
+    error = (actual.to(exact) - exact)[finite].abs().max().item()
+    allowed = 2 * (same_dtype.to(exact) - exact)[finite].abs().max().item()
+    allowed += torch.finfo(actual.dtype).eps * exact[finite].abs().max().item()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# --- self-check ---
+
+
+def main() -> int:
+    """Check every lane of this machine on a few inputs, print a table, return 1 when one is wrong."""
+    failed = False
+    for lane in lanes():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for rows, sink, window, block_size in ((7, 0, None, None), (40, 3, 24, 16)):
+                what = f"block_causal_attention {lane.name} {str(dtype)[6:]} T={rows}"
+                failed |= not _report(
+                    what, _check_attention, lane, dtype, rows, sink, window, block_size
+                )
+        failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
+    return int(failed)
+
+
+def _report(what: str, check: Callable[..., None], *arguments: object) -> bool:
+    """Run a check, print a line, and return whether it held."""
+    try:
+        check(*arguments)
+    except AssertionError as error:
+        print(f"{what:50} WRONG: {error}")
+        return False
+    print(f"{what:50} ok")
+    return True
+
+
+def _check_attention(
+    lane: Lane, dtype: torch.dtype, rows: int, sink: int, window: int | None, block_size: int | None
+) -> None:
+    """Assert that attention over a full and a wrapped ring is within its budget."""
+    random = torch.Generator().manual_seed(0)
+    keys, values = (
+        [torch.randn(length, 2, 64, generator=random, dtype=torch.float64) for length in (50, 97)]
+        for _ in range(2)
+    )
+    query = torch.randn(2, rows, 4, 64, generator=random, dtype=torch.float64)
+    query, *tokens = (tensor.to(lane.device, dtype) for tensor in (query, *keys, *values))
+    keys, values = tokens[:2], tokens[2:]
+    options = {"sink": sink, "window": window, "block_size": block_size}
+    out = block_causal_attention(
+        query, *ring_cache(keys, values, 70, sink), **options, implementation=lane.implementation
+    )
+    plain, _ = logical_attention(query, keys, values, slots=70, **options)
+    exact, _ = logical_attention(
+        query.double(),
+        [key.double() for key in keys],
+        [value.double() for value in values],
+        slots=70,
+        **options,
+    )
+    assert_within_budget(out, plain, exact)
+
+
+def _check_routing(lane: Lane) -> None:
+    """Assert that a threshold, a NaN and a first block decide as they should."""
+    rewards = torch.tensor(
+        [[0.5, 0.7], [0.1, 2.0], [torch.nan, 1.0], [1.0, 1.0]], device=lane.device
+    )
+    first = torch.tensor([False, False, False, True], device=lane.device)
+    accept = route_blocks(rewards, 0.5, first, implementation=lane.implementation)
+    assert accept.tolist() == [True, False, False, False], f"accept is {accept.tolist()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

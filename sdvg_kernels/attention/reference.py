@@ -85,11 +85,12 @@ def block_causal_attention(
             biased = ((token >= bias_start) & (token < stop))[:, None, None]
             logits = torch.where(biased, logits + bias, logits)
         logits = logits.masked_fill(~sees[:, None, None, part], -torch.inf)
-        total = logits.logsumexp(-1)
-        weights = (logits - total.masked_fill(total == -torch.inf, 0)[..., None]).exp()
+        # the softmax of a row that sees nothing is 0 / 0
+        blind = ~sees[:, None, None, part].any(-1, keepdim=True)
+        weights = logits.softmax(-1).masked_fill(blind, 0)
         out[:, part] = (weights @ value).permute(0, 3, 1, 2, 4).flatten(2, 3)
         if return_lse:
-            lse[..., part] = total.flatten(1, 2)
+            lse[..., part] = logits.logsumexp(-1).flatten(1, 2)
     return out, lse
 
 

@@ -41,22 +41,23 @@ def route_kernel(
     o_b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     m_b = o_b < B
     # [BB, BF]
-    b_min = tl.full([BB, BF], float("inf"), tl.float32)
-    b_sum = tl.zeros([BB, BF], tl.float64)
+    b_x = tl.zeros([BB, BF], tl.float64) if IS_MEAN else tl.full([BB, BF], float("inf"), tl.float32)
     b_nan = tl.zeros([BB, BF], tl.int32)
     for i_f in range(0, F, BF):
-        o_f = i_f + tl.arange(0, BF).to(tl.int64)
+        o_f = i_f + tl.arange(0, BF)
         m_f = m_b[:, None] & (o_f < F)[None, :]
-        p_r = frame_rewards + o_b[:, None] * stride_rb + o_f[None, :] * stride_rf
+        p_r = frame_rewards + o_b[:, None] * stride_rb + o_f.to(tl.int64)[None, :] * stride_rf
         b_r = tl.load(p_r, mask=m_f, other=0.0).to(tl.float32)
-        b_min = tl.minimum(b_min, tl.where(m_f, b_r, float("inf")))
-        b_sum += b_r.to(tl.float64)
-        # the minimum of NaN and a number is the number
-        b_nan += (b_r != b_r).to(tl.int32)
+        if IS_MEAN:
+            b_x += b_r.to(tl.float64)
+        else:
+            b_x = tl.minimum(b_x, tl.where(m_f, b_r, float("inf")))
+            # the minimum of NaN and a number is the number
+            b_nan |= (b_r != b_r).to(tl.int32)
     if IS_MEAN:
-        b_s = (tl.sum(b_sum, 1) / F).to(tl.float32)
+        b_s = (tl.sum(b_x, 1) / F).to(tl.float32)
     else:
-        b_s = tl.where(tl.sum(b_nan, 1) > 0, float("nan"), tl.min(b_min, 1))
+        b_s = tl.where(tl.max(b_nan, 1) > 0, float("nan"), tl.min(b_x, 1))
     b_a = b_s >= tau
     if ALL_FIRST:
         b_a = b_a & False

@@ -1,0 +1,86 @@
+"""codegen: what it reads from machine code, and that it fails over a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdvg_kernels import codegen
+from sdvg_kernels._budget import SHARED_LIMIT, Budget
+from sdvg_kernels.attention import config
+
+pytest.importorskip("triton", reason="codegen compiles Triton kernels")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run codegen as a user does; the interpreter that other tests use would hide the compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "sdvg_kernels.codegen", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_architecture_is_compiled_without_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    done = run("--kernel", "route", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in SHARED_LIMIT}
+    for row in rows:
+        assert row["kernel"] in done.stdout
+        assert 0 < row["registers"] <= 255
+        assert row["spill_bytes"] == 0
+        assert row["over"] == ""
+
+
+def test_an_unknown_kernel_is_an_error() -> None:
+    done = run("--kernel", "nothing")
+    assert done.returncode == 1
+    assert "--kernel must name a kernel, got 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("facts", "budget", "text"),
+    [
+        ((200, 0, 0, {}), Budget(registers=128), "200 registers of 128"),
+        ((200, 0, 8, {}), Budget(), "8 bytes spilled of 0"),
+        ((9, 240_000, 0, {}), Budget(), "240000 bytes of shared memory of 232448"),
+        ((9, 0, 0, {"HMMA": 64}), Budget(matrix="HGMMA"), "no HGMMA instruction"),
+        ((9, 0, 0, {"HGMMA": 64}), Budget(matrix="HGMMA"), ""),
+    ],
+)
+def test_a_kernel_over_its_budget_says_so(
+    facts: tuple[int, int, int, dict[str, int]], budget: Budget, text: str
+) -> None:
+    assert codegen._row("kernel", 90, "", codegen._Facts(*facts), budget).over == text
+
+
+def test_spilled_bytes_are_counted_by_width() -> None:
+    code = "STL [R1], R2\n LDL.64 R4, [R1]\n STL.128 [R1], R8\n LDL.LU.U8 R0, [R1]\n STS [R1], R2"
+    assert codegen._spilled(code) == 4 + 8 + 16 + 1
+
+
+def test_mangled_names_become_readable() -> None:
+    name = (
+        "_ZN4sdvg13run_on_deviceINS_45_GLOBAL__N__f1456857_8_cache_cu_e877675a_7483"
+        "11CompactRowsItEEEEvT_"
+    )
+    assert codegen._demangled(name) == "run_on_device CompactRows<uint16>"
+
+
+def test_large_attention_tiles_must_have_warpgroup_products() -> None:
+    for (arch, _, is_float32), table in config.LAUNCHES.items():
+        if arch == 90 and not is_float32:
+            large = table[-1][1]
+            assert config.budget(arch, large, torch.bfloat16).matrix == "HGMMA"
+            assert large.BT == 128
