@@ -78,7 +78,7 @@ def missing() -> str:
 
 
 class BuildExtension(build_ext):
-    """Compiles with nvcc and the host compiler, through ninja: in parallel, and only what changed."""
+    """Compiles with nvcc and the host compiler through ninja: in parallel, only what changed."""
 
     def run(self) -> None:
         """Build all extensions; in place, the objects outlive the call, for the next one's sake."""
@@ -104,8 +104,11 @@ class BuildExtension(build_ext):
 
         version = re.search(r"V(\d+\.\d+\.\d+)", ask("--version"))
         archs = gencode(os.environ.get("SDVG_CUDA_ARCHS") or DEFAULT_ARCHS, ask("--list-gpu-arch"))
-        common = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+        common = ["-O3", "-std=c++20"]
         cuda = [*common, *archs, "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
+        # the host side uses torch's pybind11 and nothing else of it: some versions of torch forbid
+        # pybind11 beside a target version
+        cuda.append(f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
         if version and tuple(map(int, version[1].split(".")[:2])) >= (12, 8):
             cuda.append("-static-global-template-stub=false")
         cuda.append("-Xcompiler=-fPIC,-fvisibility=hidden")
@@ -194,4 +197,4 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,7 +1,7 @@
 """Kernels for block-autoregressive video generation, each with a plain PyTorch reference.
 
-Public names are loaded on first use: `import sdvg_kernels` costs nothing but torch, and an op is registered when
-its folder is first asked for.
+Public names are loaded on first use: `import sdvg_kernels` costs nothing but torch, and an op is
+registered when its folder is first asked for.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def __dir__() -> list[str]:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Return, for each op, its implementations in order of preference here: name -> "" or why it is not available."""
+    """Return each op's implementations, best first: name -> "" or why it cannot run here."""
     rooms = (importlib.import_module(f"sdvg_kernels.{op}.api") for op in _OPS)
     return {op: room.implementations() for op, room in zip(_OPS, rooms, strict=True)}
 
 
 def build_info() -> dict[str, str]:
-    """Return what the extension was built with (nvcc, architectures, flags, versions), or {"missing": why}."""
+    """Return what the extension was built with (nvcc, archs, flags, ...), or {"missing": why}."""
     extension, reason = importlib.import_module("sdvg_kernels._ops").load_extension()
     return {"missing": reason} if extension is None else dict(extension.build_info())

@@ -1,18 +1,21 @@
-"""Public cache ops: write, decide and repair KV caches in place, with every decision read on the device.
+"""Public cache ops: write, decide and repair KV caches in place; decisions stay on the device.
 
-A cache is a ring after a sink: logical token t lives in slot `t if t < sink else sink + (t - sink) % (S - sink)`.
+A cache is a ring after a sink: logical token t lives in slot t if t < sink, else in slot
+sink + (t - sink) % (S - sink).
 
     slot    0 1 | 2 3 4 5 6        S = 7, sink = 2
     token   0 1 | 7 8 4 5 6        lengths = 9: the next token, 9, goes to slot 4
 
-All functions take the K and V caches as one tensor `[layers, B, S, H, D]` each, or as one tensor `[B, S, H, D]` per
-layer (a list, or a `PointerTable` built once from it). The last two dimensions are contiguous; the others may
-have any strides. `lengths` is `[B]` int32 on the caches' device and counts committed tokens. A call for some sequences
-only names them in `batch_idx` `[b]` (int32 or int64, distinct); row i of the other arguments then belongs to sequence
-batch_idx[i]. Any dtype is moved, bit for bit.
+All functions take the K and V caches as one tensor `[layers, B, S, H, D]` each, or as one tensor
+`[B, S, H, D]` per layer (a list, or a `PointerTable` built once from it). The last two dimensions
+are contiguous; the others may have any strides. `lengths` is `[B]` int32 on the caches' device and
+counts committed tokens. A call for some sequences only names them in `batch_idx` `[b]` (int32 or
+int64, distinct); row i of the other arguments then belongs to sequence batch_idx[i]. Any dtype is
+moved, bit for bit.
 
-Every function can be captured in a CUDA graph, reads no device memory on the host, is deterministic, and takes
-`implementation`: None (the best one here), "cuda", or "reference". An implementation asked for by name never falls back.
+Every function can be captured in a CUDA graph, reads no device memory on the host, is
+deterministic, and takes `implementation`: None (the best one here), "cuda", or "reference". An
+implementation asked for by name never falls back.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ class PointerTable:
     """A cache that somebody else allocated: one tensor per layer, all alike, checked once.
 
     Arguments:
-        tensors: per layer a tensor `[B, S, H, D]`; all with the same shape, strides, dtype and device.
+        tensors: one `[B, S, H, D]` per layer, with the same shape, strides, dtype and device.
 
     Raises: ValueError or TypeError for layers that differ.
 
-    The pointers travel in the parameters of a launch: nothing is uploaded, and a captured graph replays on the same
-    layers. A table is as valid as the tensors' storage; it holds on to them.
+    The pointers travel in the parameters of a launch: nothing is uploaded, and a captured graph
+    replays on the same layers. A table is as valid as the tensors' storage; it holds on to them.
     """
 
     __slots__ = ("shape", "tensors")
@@ -80,7 +83,7 @@ def stage_(
     undo: tuple[Layers, Layers] | None = None,
     implementation: str | None = None,
 ) -> None:
-    """Write a block's keys and values to the slots after `lengths`, in all layers, without committing it.
+    """Write a block's keys and values to the slots after `lengths`, in all layers; commit nothing.
 
     Equals, for each layer and each sequence i of the call, with b = batch_idx[i] (default i):
 
@@ -90,15 +93,16 @@ def stage_(
 
     Arguments:
         k_cache, v_cache: the caches, `S` slots each.
-        key, value: `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer, of the caches' dtype; T <= S - sink.
+        key, value: `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer, of the caches' dtype;
+            T <= S - sink.
         lengths: `[B]` int32, committed tokens per sequence; unchanged.
         sink: how many first tokens are never evicted; less than S.
         batch_idx: `[b]`, the sequences that are written; all in order by default.
         undo: (undo_k, undo_v), shaped as key and value: receives the rows that are overwritten.
 
-    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (`implementation` cannot run here).
+    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: k_cache, v_cache, undo.
-    Cost: reads 2 and writes 2 bytes of rows per cached byte of the block (K and V); twice that with undo.
+    Cost: reads and writes the block's rows of K and V once; twice with undo.
     """
     op = "stage_"
     k, v, sizes = _caches(op, k_cache, v_cache, sink)
@@ -127,10 +131,10 @@ def commit_(
     Equals `lengths[b] += count` for each i with accept[i], b = batch_idx[i] (default i).
 
     Arguments:
-        lengths: `[B]` int32.        accept: `[b]` bool.        count: tokens of the block, at least 0.
+        lengths: `[B]` int32.        accept: `[b]` bool.        count: the block's tokens, >= 0.
         batch_idx: `[b]`, the sequences that `accept` is about; all in order by default.
 
-    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (`implementation` cannot run here).
+    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: lengths.
     """
     op = "commit_"
@@ -152,16 +156,18 @@ def rollback_(
     batch_idx: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> None:
-    """Restore, bit for bit, the rows that `stage_` overwrote in the sequences that were not accepted.
+    """Restore, bit for bit, what `stage_` overwrote in the sequences that were not accepted.
 
-    Equals `k_cache[b, slots_of(lengths[b] + arange(T))] = undo_k[i]` (and V) for each i with not accept[i]. Call it
-    before or after `commit_`: that changes only the lengths of accepted sequences.
+    Equals `k_cache[b, slots_of(lengths[b] + arange(T))] = undo_k[i]` (and V) for each i with not
+    accept[i]. Call it before or after `commit_`: that changes only the lengths of accepted
+    sequences.
 
     Arguments:
         k_cache, v_cache, lengths, sink, batch_idx: as for the `stage_` that filled `undo`.
-        accept: `[b]` bool.        undo: (undo_k, undo_v), each `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer.
+        accept: `[b]` bool.
+        undo: (undo_k, undo_v), each `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer.
 
-    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (`implementation` cannot run here).
+    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: k_cache, v_cache.
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
     """
@@ -185,21 +191,21 @@ def compact_(
     batch_idx: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> None:
-    """Keep the accepted path of a staged token tree: move its rows together, after `lengths`, and commit them.
+    """Keep the accepted path of a staged token tree: move its rows together and commit them.
 
     Equals, for each sequence i with b = batch_idx[i] (default i) and n = (path[i] >= 0).sum():
 
-        rows = k_cache[b, slots_of(lengths[b] + path[i, :n])]            # all read before any is written
-        k_cache[b, slots_of(lengths[b] + arange(n))] = rows              # and V
+        rows = k_cache[b, slots_of(lengths[b] + path[i, :n])]  # all read before any is written
+        k_cache[b, slots_of(lengths[b] + arange(n))] = rows    # and V
         lengths[b] += n
 
     Arguments:
         k_cache, v_cache, sink, batch_idx: as for `stage_`.
         lengths: `[B]` int32.
-        path: `[b, P]` int32, offsets from lengths[b] in any order, padded at the end with -1; offsets < S - sink,
-            and P <= S - sink.
+        path: `[b, P]` int32, offsets from lengths[b] in any order, padded at the end with -1;
+            offsets < S - sink, and P <= S - sink.
 
-    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (`implementation` cannot run here).
+    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: k_cache, v_cache, lengths.
     Cost: reads and writes the moved rows once.
     """
@@ -228,17 +234,17 @@ def select_(
     *,
     implementation: str | None = None,
 ) -> None:
-    """Keep the draft's rows where it was accepted and take the other's where not, in one launch for all tensors.
+    """Keep the draft's rows where it was accepted, else take the other's; one launch for all.
 
-    Equals `draft[n][i] = draft[n][i] if accept[i] else other[n][i]` for each tensor n and sequence i: decoder feature
-    caches, latents, or caches as a list of `[B, S, H, D]`.
+    Equals `draft[n][i] = draft[n][i] if accept[i] else other[n][i]` for each tensor n and sequence
+    i: decoder feature caches, latents, or caches as a list of `[B, S, H, D]`.
 
     Arguments:
         accept: `[B]` bool.
         draft: tensors `[B, ...]` of any shapes and dtypes, each row contiguous.
         other: as many tensors, alike in shape and dtype.
 
-    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (`implementation` cannot run here).
+    Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: draft.
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
     """

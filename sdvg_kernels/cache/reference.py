@@ -1,7 +1,7 @@
 """The cache ops in eager PyTorch: the definition of truth, and what runs on the CPU.
 
-A cache is a list of tensors, each `[layers, B, S, H, D]` or one layer's `[B, S, H, D]`. Nothing here reads a value
-on the host, so the same functions may be captured in a CUDA graph.
+A cache is a list of tensors, each `[layers, B, S, H, D]` or one layer's `[B, S, H, D]`. Nothing
+here reads a value on the host, so the same functions may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 
 
 def slots_of(tokens: torch.Tensor, sink: int, slots: int) -> torch.Tensor:
-    """Return the slot of each logical token: t where t < sink, else sink + (t - sink) % (slots - sink)."""
+    """Return each token's slot: t where t < sink, else sink + (t - sink) % (slots - sink)."""
     wrapped = torch.remainder(tokens - sink, slots - sink).add_(sink)
     return torch.where(tokens < sink, tokens, wrapped) if sink else wrapped
 
@@ -76,7 +76,7 @@ def compact_(
     batch_idx: torch.Tensor | None,
     sink: int,
 ) -> None:
-    """Move row `lengths + path[i]` to `lengths + i` for each valid i, then add their number to `lengths`."""
+    """Move row `lengths + path[i]` to `lengths + i` for each valid i; advance `lengths`."""
     batch, target = _where(k_cache, lengths, batch_idx, path.shape[1], sink)
     valid = path >= 0
     source = slots_of(lengths[batch] + path.clamp(min=0), sink, k_cache[0].shape[-3])
@@ -99,7 +99,7 @@ def select_(accept: torch.Tensor, draft: Tensors, other: Tensors) -> None:
 def _where(
     cache: Tensors, lengths: torch.Tensor, batch_idx: torch.Tensor | None, rows: int, sink: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index (sequence `[b, 1]`, slot `[b, rows]`) of the `rows` tokens after `lengths`."""
+    """Return the index (sequence `[b, 1]`, slot `[b, rows]`) of the tokens after `lengths`."""
     start = lengths if batch_idx is None else lengths[batch_idx]
     batch = torch.arange(len(lengths), device=lengths.device) if batch_idx is None else batch_idx
     tokens = start[:, None] + torch.arange(rows, dtype=lengths.dtype, device=lengths.device)
@@ -107,7 +107,7 @@ def _where(
 
 
 def _by_layer(*groups: Tensors) -> list[tuple[torch.Tensor, ...]]:
-    """Return the groups' bits side by side, `[layers, ...]`: at once if each is one tensor, else layer by layer."""
+    """Return the groups' bits side by side: all layers at once if each is one tensor, else each."""
     if not all(len(group) == 1 and group[0].dim() == 5 for group in groups):
         groups = tuple(
             [part[None] for x in group for part in (x if x.dim() == 5 else x[None])]
