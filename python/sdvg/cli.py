@@ -249,6 +249,10 @@ def _load(args: argparse.Namespace) -> EmbeddedPair:
             raise ValueError(f"threads: must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: {device} needs an NVIDIA GPU and a CUDA build of torch, got none"
+        )
     return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
 
 

@@ -272,6 +272,44 @@ def test_scorer_that_raises_is_reported_with_its_block(
     assert said == "sdvg: the scorer failed at block 1: 'no such prompt'"
 
 
+def spoilt_weights(folder: Path) -> Path:
+    """Link the shipped weights into `folder`, and return the path of the target's, left out."""
+    for path in embedded.WEIGHTS.rglob("*"):
+        copy = folder / path.relative_to(embedded.WEIGHTS)
+        if path.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+    spoilt = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    spoilt.unlink()
+    return spoilt
+
+
+@pytest.mark.parametrize("how", ["truncated", "mismatched", "missing"])
+def test_spoilt_weights_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    spoilt = spoilt_weights(tmp_path / "w")
+    whole = embedded.WEIGHTS / "transformer" / spoilt.name
+    if how == "truncated":
+        spoilt.write_bytes(whole.read_bytes()[:-1000])
+    elif how == "mismatched":
+        spoilt.symlink_to(embedded.WEIGHTS / "drafter" / spoilt.name)
+    command = ["generate", PROMPT, "--weights", str(tmp_path / "w")]
+    said = refuse(capsys, tmp_path, lambda: main([*command, "--out", str(tmp_path / "a.mp4")]))
+    assert said.startswith("sdvg: embedded: ")
+    assert str(spoilt) in said
+
+
+def test_gpu_that_is_not_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert refuse(capsys, tmp_path, lambda: generate("--device", "cuda")) == (
+        "sdvg: device: cuda needs an NVIDIA GPU and a CUDA build of torch, got none"
+    )
+
+
 def test_debug_shows_the_traceback(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("--blocks", "0", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
