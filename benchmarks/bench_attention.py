@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness import Bench, Candidate, Case, Plan, main
-from benchmarks.peers import Attention, Peer, attention_peers, torch_sdpa
+from benchmarks.peers import Attention, Peer, attention_peers
 from sdvg_kernels import block_causal_attention, implementations
 from sdvg_kernels.testing import assert_within_budget
 
@@ -151,7 +151,7 @@ def case(bench: Bench, shape: Shape) -> Case:
         else:
             candidates.append(ours(name))
     seen = visible.to(device)
-    for peer in [torch_sdpa(device), *attention_peers(device)]:
+    for peer in attention_peers(device):
         if reason := _why_not(peer, shape, bench):
             left_out[peer.name] = reason
             continue

@@ -175,12 +175,16 @@ def _event_times(
     return {name: [b.elapsed_time(e) * 1e3 for b, e in pairs] for name, pairs in marks.items()}
 
 
-def capture(run: Callable[[], object]) -> tuple[Callable[[], object], object]:
+def capture(
+    run: Callable[[], object], reset: Callable[[], None] = lambda: None
+) -> tuple[Callable[[], object], object]:
     """Return (replay, the output that it writes) of `run`, warmed up, captured in a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
+            # work that goes on from its own output must not wander off
+            reset()
             run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
@@ -322,7 +326,7 @@ class Bench:
         candidate.check(out)
         if wall or self.device.type == "cpu":
             return candidate.run
-        replay, out = capture(candidate.run)
+        replay, out = capture(candidate.run, candidate.reset)
         candidate.reset()
         replay()
         torch.cuda.synchronize()

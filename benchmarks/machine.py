@@ -61,7 +61,7 @@ def versions() -> dict[str, str | float]:
             continue
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda or "none"
-        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["cudnn"] = str(torch.backends.cudnn.version() or "none")
         found.update(_smi(driver="driver_version"))
     return found
 

@@ -34,10 +34,21 @@ class Peer(NamedTuple):
 
 def attention_peers(device: torch.device) -> list[Peer]:
     """Return the peers of `block_causal_attention`; those that cannot run say why."""
-    here = "" if device.type == "cuda" else "needs an NVIDIA GPU"
+    on_cpu = device.type == "cpu"
+    here = "needs an NVIDIA GPU" if on_cpu else ""
     cudnn = torch.backends.cudnn.version()
     fa3 = here or ("" if importlib.util.find_spec("flash_attn_interface") else "is not installed")
+    smoke = Peer(
+        "sdpa",
+        "torch's scaled_dot_product_attention, its own choice of backend",
+        torch.__version__,
+        "",
+        False,
+        lambda: functools.partial(_sdpa, None),
+    )
     return [
+        # on a GPU the backends are measured one by one
+        *([smoke] if on_cpu else []),
         Peer(
             "sdpa-flash",
             "torch's scaled_dot_product_attention, FlashAttention backend",
@@ -71,18 +82,6 @@ def attention_peers(device: torch.device) -> list[Peer]:
             _fa3,
         ),
     ]
-
-
-def torch_sdpa(device: torch.device) -> Peer:
-    """Return torch's SDPA with its own choice of backend: the peer of the CPU smoke lane."""
-    return Peer(
-        "sdpa",
-        "torch's scaled_dot_product_attention, its own choice of backend",
-        torch.__version__,
-        "" if device.type == "cpu" else "the backends are measured one by one",
-        False,
-        lambda: functools.partial(_sdpa, None),
-    )
 
 
 def _sdpa(
