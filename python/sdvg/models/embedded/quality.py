@@ -1,0 +1,148 @@
+"""How good a video of moving digits is: the judge that neither the models nor the scorer were
+trained against."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdvg.models.embedded.prompts import DIRECTIONS, SPEEDS, Request, parse_prompt
+
+# where a digit's centre turns back, in pixels of a 32-pixel frame
+WALLS = (6.5, 25.5)
+_WEIGHTS = Path(__file__).parent / "weights" / "judge"
+
+
+class Quality(NamedTuple):
+    """Each in [0, 1]; ``value = legibility * (1 + motion) / 2``."""
+
+    value: float
+    # mean over frames of the judge's probability of the digit that was asked for
+    legibility: float
+    # mean over frames of how near the digit is to the path that was asked for
+    motion: float
+
+
+class Judge(nn.Module):
+    """A classifier of centred digits, trained on the held-out scans only; class 10 is "no legible
+    digit"."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.width = width
+        widths = (1, width, width, 2 * width)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.hidden = nn.Linear(2 * width * 25, 64)
+        self.head = nn.Linear(64, 11)
+
+    def forward(self, grey: Tensor) -> Tensor:
+        """Logits ``[N, 11]`` of frames ``[N, H, W]`` in [0, 1]."""
+        x = crop(grey)[:, None]
+        for i, layer in enumerate(self.layers):
+            x = F.silu(layer(x))
+            x = F.max_pool2d(x, 2) if i < 2 else x
+        x = F.dropout(x.flatten(1), 0.3, self.training)
+        return self.head(F.silu(self.hidden(x)))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (fp16)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"width": self.width}, indent=2) + "\n")
+        weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = _WEIGHTS) -> Judge:
+        """Read what `save_pretrained` wrote, as float32."""
+        folder = Path(folder)
+        judge = cls(**json.loads((folder / "config.json").read_text()))
+        weights = load_file(folder / "model.safetensors")
+        judge.load_state_dict({name: value.float() for name, value in weights.items()})
+        return judge.eval().requires_grad_(False)
+
+
+def centroids(grey: Tensor) -> Tensor:
+    """Centres of brightness ``[N, 2]`` (x, y), in pixels, of frames ``[N, H, W]``; the middle
+    where all is dark."""
+    light = (grey - 0.2).clamp(0)
+    mass = light.sum((1, 2)).clamp(1e-6)
+    y, x = (torch.arange(n, dtype=grey.dtype) + 0.5 for n in grey.shape[1:])
+    centre = torch.stack(((light.sum(1) * x).sum(1), (light.sum(2) * y).sum(1)), -1) / mass[:, None]
+    dark = mass < 1e-3
+    return torch.where(dark[:, None], torch.tensor([len(x), len(y)]) / 2, centre)
+
+
+def crop(grey: Tensor, size: int = 20) -> Tensor:
+    """``[N, size, size]`` around the centre of brightness, bilinear between pixels, dark
+    outside."""
+    height, width = grey.shape[1:]
+    offset = torch.arange(size) - (size - 1) / 2
+    centre = centroids(grey)
+    x = (centre[:, :1] + offset) * (2 / width) - 1
+    y = (centre[:, 1:] + offset) * (2 / height) - 1
+    grid = torch.stack((x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)), -1)
+    return F.grid_sample(grey[:, None], grid, align_corners=False)[:, 0]
+
+
+def quality(frames: Tensor, prompt: str, judge: Judge | None = None) -> Quality:
+    """Does the video show the digit that was asked for, legible in every frame, moving as asked?
+
+    - legibility: mean over frames of the judge's probability of the asked class (of any class, if
+    none was named).
+    - motion: the asked path starts at the centre of brightness of frame 0, goes at the asked
+    velocity and turns
+      back at the walls. A frame counts 1 up to 2 pixels from it, 0 from 8 pixels on, linear
+      between. Of what the prompt leaves open (direction, speed) the best choice counts.
+
+    Args:
+        frames: ``[N, 3, 32, 32]`` in [0, 1].
+        prompt: what was asked for.
+        judge: the classifier; the shipped one by default.
+
+    Raises:
+        ValueError: frames of another shape.
+    """
+    if frames.ndim != 4 or frames.shape[1:] != (3, 32, 32) or not len(frames):
+        raise ValueError(f"quality: frames must be [N, 3, 32, 32], got {tuple(frames.shape)}")
+    judge = judge or _shipped()
+    request = parse_prompt(prompt)
+    grey = frames.detach().cpu().float().mean(1)
+    # NaN frames are illegible, not an error: a broken model must get a bad mark
+    grey = grey.nan_to_num(0.0).clamp(0, 1)
+    with torch.no_grad():
+        probability = judge(grey).softmax(-1)[:, :10]
+    if request.digit is None:
+        legibility = float(probability.amax(-1).mean())
+    else:
+        legibility = float(probability[:, request.digit].mean())
+    motion = _motion(centroids(grey), request)
+    return Quality(legibility * (1 + motion) / 2, legibility, motion)
+
+
+def _motion(measured: Tensor, request: Request) -> float:
+    ways = [request.direction] if request.direction else list(DIRECTIONS)
+    paces = [request.speed] if request.speed else list(SPEEDS)
+    t = torch.arange(len(measured), dtype=torch.float32)[:, None]
+    low, span = WALLS[0], WALLS[1] - WALLS[0]
+    best = 0.0
+    for way in ways:
+        for pace in paces:
+            free = measured[0] + t * SPEEDS[pace] * torch.tensor(DIRECTIONS[way])
+            path = low + span - ((free - low).remainder(2 * span) - span).abs()
+            miss = (measured - path).norm(dim=1)
+            best = max(best, float((1 - (miss - 2) / 6).clamp(0, 1).mean()))
+    return best
+
+
+@lru_cache(1)
+def _shipped() -> Judge:
+    return Judge.from_pretrained()

@@ -1,0 +1,93 @@
+"""A reward per frame for moving digits: is the digit that the prompt names there, and legible?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdvg.models.embedded.prompts import parse_prompt
+
+
+class FrameNet(nn.Module):
+    """A small convolutional net: grey frames ``[N, 32, 32]`` in [0, 1] -> ``[N, outputs]``."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        widths = (1, width, 2 * width, 4 * width, 4 * width)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, stride=1 if i == 0 else 2)
+            for i, (a, b) in enumerate(pairwise(widths))
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in widths[1:])
+        self.head = nn.Linear(4 * width, outputs)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = frames[:, None]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.silu(norm(layer(x)))
+        # the digit may be anywhere: the strongest response counts
+        return self.head(x.amax((2, 3)))
+
+
+class DigitsReward(nn.Module):
+    """A `Scorer` (see `sdvg.types`) for the embedded models.
+
+    ``reward(frames [B, N, 3, H, W] in [0, 1], prompts) -> [B, N]`` float32. For each frame the net
+    gives a logit for each digit class: how far the frame is from spoilt (noise, blur, ghosts,
+    parts missing, another digit). The reward is the logit of the digit that the prompt names, the
+    highest one if it names none, shifted and scaled to mean 0 and deviation 1 over the drafter's
+    frames. Frames of another size are resized to 32 x 32.
+    """
+
+    def __init__(self, width: int = 16, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.width, self.mean, self.std = width, mean, std
+        self.net = FrameNet(width, 10)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        if frames.ndim != 5 or frames.shape[2] != 3:
+            raise ValueError(
+                f"digits_reward: frames must be [B, N, 3, H, W], got {tuple(frames.shape)}"
+            )
+        if len(prompts) != len(frames):
+            raise ValueError(
+                f"digits_reward: prompts must be one for each of {len(frames)} sequences, "
+                f"got {len(prompts)}"
+            )
+        weight = self.net.head.weight
+        grey = frames.to(weight.device, weight.dtype).mean(2)
+        if grey.shape[-2:] != (32, 32):
+            grey = F.interpolate(grey, (32, 32), mode="bilinear", antialias=True)
+        logits = self.net(grey.flatten(0, 1)).unflatten(0, grey.shape[:2]).float()
+        asked = [parse_prompt(prompt).digit for prompt in prompts]
+        rows = [
+            row.amax(-1) if digit is None else row[:, digit]
+            for row, digit in zip(logits, asked, strict=True)
+        ]
+        return (torch.stack(rows) - self.mean) / self.std
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (fp16)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"width": self.width, "mean": self.mean, "std": self.std}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> DigitsReward:
+        """Read what `save_pretrained` wrote, as float32."""
+        folder = Path(folder)
+        reward = cls(**json.loads((folder / "config.json").read_text()))
+        weights = load_file(folder / "model.safetensors")
+        reward.load_state_dict({name: value.float() for name, value in weights.items()})
+        return reward.eval().requires_grad_(False)

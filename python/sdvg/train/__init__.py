@@ -1,0 +1,1 @@
+"""What makes the embedded models, and the training that real models share with them."""

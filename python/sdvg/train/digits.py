@@ -1,0 +1,119 @@
+"""Make the embedded models again from nothing: ``python -m sdvg.train.digits --out DIR``.
+
+Stages run in order and each needs the ones before: ``vae``, ``text``, ``target``, ``drafter``,
+``scorer``, ``judge``. A finished stage lies in ``--out`` as a diffusers component; ``--resume``
+goes on from the checkpoints in ``--runs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdvg.train import autoencoder, critics, text, transformer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+    from sdvg.models.embedded.text import TextEncoder
+
+# steps of the shipped run
+STEPS = {"vae": 2200, "text": 900, "target": 2400, "drafter": 2400, "scorer": 1200, "judge": 1200}
+CLIPS = 3000
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run the stages."""
+    parser = argparse.ArgumentParser(prog="python -m sdvg.train.digits", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished models")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs")
+    parser.add_argument("--stage", choices=["all", *STEPS], default="all")
+    parser.add_argument("--steps", type=int, help="instead of the shipped run's")
+    parser.add_argument(
+        "--clips", type=int, default=CLIPS, help="clips encoded for the transformers"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoints in --runs"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    for stage in STEPS if options.stage == "all" else (options.stage,):
+        _run(stage, options)
+
+
+def _run(stage: str, options: argparse.Namespace) -> None:
+    out, common = (
+        options.out,
+        {
+            "steps": options.steps or STEPS[options.stage if options.stage != "all" else stage],
+            "resume": options.resume,
+        },
+    )
+    if stage == "vae":
+        _save(autoencoder.train(options.runs, **common), out / "vae")
+        (options.runs / "latents.pt").unlink(missing_ok=True)
+    elif stage == "text":
+        encoder = text.train(options.runs, **common)
+        encoder.tokenizer.save_pretrained(out / "tokenizer")
+        _save(encoder.encoder, out / "text_encoder")
+    elif stage in ("target", "drafter"):
+        vae, encoder = _vae(out), _text(out)
+        clips = transformer.encode_clips(vae, options.clips, options.runs)
+        model = transformer.train(stage, clips, encoder, options.runs, **common)
+        _save(model, out / ("transformer" if stage == "target" else "drafter"))
+        _index(out)
+    elif stage == "scorer":
+        critics.train_scorer(_vae(out), options.runs, **common).save_pretrained(out / "scorer")
+    else:
+        critics.train_judge(options.runs, **common).save_pretrained(out / "judge")
+    log = out / "training"
+    log.mkdir(exist_ok=True)
+    for path in options.runs.glob(f"{stage}*.csv"):
+        shutil.copy(path, log / path.name)
+
+
+def _save(model: torch.nn.Module, folder: Path) -> None:
+    model.to(torch.float16).save_pretrained(folder)
+
+
+def _vae(out: Path) -> AutoencoderKLWan:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_pretrained(out / "vae", low_cpu_mem_usage=False).float().eval()
+
+
+def _text(out: Path) -> TextEncoder:
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+    from sdvg.models.embedded.text import TextEncoder
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    return TextEncoder(tokenizer, UMT5EncoderModel.from_pretrained(out / "text_encoder").float())
+
+
+def _index(out: Path) -> None:
+    """Write the pipeline's index and the scheduler, which has no weights."""
+    import diffusers
+
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(out / "scheduler")
+    index = {
+        "_class_name": "SDVGPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "drafter": ["diffusers", "WanTransformer3DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Stages ``target`` and ``drafter``: flow matching with block-causal teacher forcing, one forward
+a clip.
+
+The stock transformer sees ``[clean latents | noisy latents]`` with repeated positions, a timestep
+for each token, and a mask under which noisy block ``b`` attends to itself and to what a KV cache
+would hold for it:
+
+    keys        clean 0 1 2 3 4     noisy 0 1 2 3 4        (sink = block 0, window = 3 blocks)
+    noisy 0           . . . . .           x . . . .
+    noisy 1           x . . . .           . x . . .
+    noisy 3           x x x . .           . . . x .
+    noisy 4           x . x x .           . . . . x
+    clean 4           x . x x x           . . . . .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from sdvg.models.embedded.prompts import Request
+from sdvg.models.embedded.text import TextEncoder
+from sdvg.train.autoencoder import encode, statistics
+from sdvg.train.data import (
+    BLOCKS,
+    CLIP_FRAMES,
+    FRAMES_PER_BLOCK,
+    Motions,
+    keyed_noise,
+    load_scans,
+    render,
+    sample_motions,
+    sample_request,
+    to_video,
+    write_prompt,
+)
+from sdvg.train.loop import fit
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+STEPS = (1000.0, 937.5, 2500 / 3, 625.0)  # flow shift 5 of 1000, 750, 500, 250
+WINDOW_BLOCKS = 3
+GRID = 4  # latent height and width
+SIZES = {
+    "target": {"num_attention_heads": 3, "num_layers": 12, "ffn_dim": 768},
+    # the target's first training phase: half the layers, so twice the steps
+    "target-half": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 768},
+    "drafter": {"num_attention_heads": 2, "num_layers": 2, "ffn_dim": 256},
+}
+
+
+class Clips(NamedTuple):
+    """Encoded clips: normalised latents ``[N, 16, 27, 4, 4]`` and what they show."""
+
+    latents: torch.Tensor
+    motions: Motions
+    labels: torch.Tensor
+    style: torch.Tensor
+
+
+def build(name: str, patch: int = 2) -> WanTransformer3DModel:
+    """A freshly initialised ``"target"`` or ``"drafter"``."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, patch, patch), attention_head_dim=64, in_channels=16, out_channels=16,
+        text_dim=128, freq_dim=128, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=256, **SIZES[name],
+    )  # fmt: skip
+
+
+def encode_clips(vae: AutoencoderKLWan, count: int, runs: Path, seed: int = 3) -> Clips:
+    """``count`` random training clips, encoded once and kept in ``runs/latents.pt``."""
+    scans = load_scans()
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(scans.images), (count,), generator=g)
+    motions = sample_motions(count, g)
+    path = runs / "latents.pt"
+    if path.exists():
+        latents = torch.load(path, weights_only=True, mmap=True)
+    else:
+        mean, std = statistics(vae)
+        parts = []
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for i in tqdm(torch.arange(count).split(32), desc="encode", mininterval=5):
+                part = Motions(motions.direction[i], motions.speed[i], motions.jitter[i])
+                video = to_video(render(scans.images[chosen[i]], part.centres(CLIP_FRAMES)))
+                parts.append(((encode(vae, video)[0] - mean) / std).half())
+        latents = torch.cat(parts)
+        torch.save(latents, path)
+    return Clips(latents, motions, scans.labels[chosen], scans.style[chosen])
+
+
+def attention_mask(blocks: int, tokens: int) -> torch.Tensor:
+    """The mask drawn above, ``[2 T, 2 T]`` bool for ``T = blocks * tokens``; True may attend."""
+    b = torch.arange(blocks)
+    age = b[:, None] - b[None, :]
+    seen = (age >= 0) & ((age < WINDOW_BLOCKS) | (b[None, :] == 0))
+    itself = age == 0
+    rows = torch.cat(
+        (torch.cat((seen, torch.zeros_like(seen)), 1), torch.cat((seen & ~itself, itself), 1))
+    )
+    return rows.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class TeacherForcing:
+    """The stock model's arithmetic, arranged for training: equal to its forward under the mask
+    drawn above.
+
+    A timestep belongs to a block, so modulation is computed for each block and broadcast; the
+    stock forward would expand it to every token in float32, which on a CPU costs more than the
+    matrix products.
+    """
+
+    def __init__(self, model: WanTransformer3DModel, dtype: torch.dtype = torch.bfloat16) -> None:
+        patch = model.config.patch_size[1]
+        frames = BLOCKS * FRAMES_PER_BLOCK
+        self.tokens = FRAMES_PER_BLOCK * (GRID // patch) ** 2
+        self.dtype = dtype
+        cos, sin = model.rope(torch.empty(1, 1, frames, GRID, GRID))
+        # [1, 1, 2 T, D], positions begin again at the noisy half; pairs of channels turn together
+        cos, sin = (part.repeat(1, 2, 1, 1).transpose(1, 2) for part in (cos, sin))
+        self.cos = cos[..., 0::2].repeat_interleave(2, -1).to(dtype)
+        self.sin = sin[..., 1::2].repeat_interleave(2, -1).to(dtype)
+        mask = attention_mask(BLOCKS, self.tokens)
+        self.bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -1e4)
+
+    def __call__(
+        self,
+        model: WanTransformer3DModel,
+        clean: torch.Tensor,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predicted ``noise - x_0`` ``[N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]`` in
+        [0, 1]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            steps = torch.cat((torch.zeros_like(sigma), 1000 * sigma), 1)
+            x = model.patch_embedding(torch.cat((clean, noisy), 2)).float()
+            grid = x.shape[2:]
+            # [N, 2 blocks, tokens, dim]
+            x = x.flatten(2).transpose(1, 2).unflatten(1, (-1, self.tokens))
+            temb, modulation, text, _ = model.condition_embedder(
+                steps.flatten(), text, None, timestep_seq_len=steps.shape[1]
+            )
+            modulation = modulation.unflatten(2, (6, -1)).float()
+            for block in model.blocks:
+                x = self._block(block, x, text, block.scale_shift_table[0] + modulation)
+            shift, scale = (model.scale_shift_table + temb.float()[:, :, None]).split(1, 2)
+            out = model.proj_out(_norm(x) * (1 + scale) + shift).float()
+        patch = model.config.patch_size[1]
+        out = out.flatten(1, 2).unflatten(1, grid).unflatten(-1, (patch, patch, -1))
+        out = out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return out[:, :, clean.shape[2] :]
+
+    def _block(
+        self, block: nn.Module, x: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor
+    ) -> torch.Tensor:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.split(1, 2)
+        attn = block.attn1
+        n = torch.addcmul(shift, _norm(x), 1 + scale).to(self.dtype).flatten(1, 2)
+        query, key = (
+            _rotate(_heads(attn, norm(project(n))), self.cos, self.sin)
+            for norm, project in ((_rms(attn.norm_q), attn.to_q), (_rms(attn.norm_k), attn.to_k))
+        )
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + self.bias
+        out = scores.softmax(-1).to(self.dtype) @ _heads(attn, attn.to_v(n))
+        x = torch.addcmul(
+            x, attn.to_out[0](out.transpose(1, 2).flatten(2)).view_as(x).float(), gate
+        )
+        attn = block.attn2
+        n = block.norm2(x).to(self.dtype).flatten(1, 2)
+        query = _heads(attn, _rms(attn.norm_q)(attn.to_q(n)))
+        key = _heads(attn, _rms(attn.norm_k)(attn.to_k(text)))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        out = scores.softmax(-1).to(self.dtype) @ _heads(attn, attn.to_v(text))
+        x = x + attn.to_out[0](out.transpose(1, 2).flatten(2)).view_as(x)
+        n = torch.addcmul(ffn_shift, _norm(x), 1 + ffn_scale).to(self.dtype)
+        return torch.addcmul(x, block.ffn(n).float(), ffn_gate)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _rms(norm: nn.RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    # the weight in the input's dtype, or PyTorch leaves its fused kernel
+    return lambda x: F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
+def _heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How far the context is spoilt, so that rollouts, which see their own output, do not drift."""
+
+    # the most white noise on a clean context, in units of its deviation
+    noise: float = 0.2
+    # how often a clip's context blocks are the model's own predictions, in the last half of
+    # training
+    own: float = 0.5
+
+
+def train(
+    name: str,
+    clips: Clips,
+    text: TextEncoder,
+    runs: Path,
+    *,
+    steps: int,
+    resume: bool,
+    batch: int = 8,
+    lr: float = 2e-3,
+    rates: Rates = Rates(),
+    seed: int = 4,
+    patch: int = 2,
+) -> WanTransformer3DModel:
+    """The trained transformer; ``"target"`` and ``"drafter"`` see the same clips and the same
+    noise."""
+    torch.manual_seed(seed)
+    model = build(name, patch)
+    velocity = TeacherForcing(model)
+    frames = BLOCKS * FRAMES_PER_BLOCK
+
+    def loss(g: torch.Generator, step: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(len(clips.latents), (batch,), generator=g)
+        x0 = clips.latents[chosen].float()
+        motions = Motions(
+            *(getattr(clips.motions, k)[chosen] for k in ("direction", "speed", "jitter"))
+        )
+        labels = clips.labels[chosen]
+        requests, prompts = _prompts(labels, motions, g)
+        sigma = _levels(batch, g)
+        noise = torch.randn(x0.shape, generator=g)
+        head = noise[:, :, :FRAMES_PER_BLOCK]
+        keyed = keyed_noise(head, motions, labels, clips.style[chosen], requests, g)
+        # below 0.9 the signal has decided the clip; a sampler's fresh noise there spells another
+        spelt = (sigma[:, 0] > 0.9)[:, None, None, None, None]
+        noise[:, :, :FRAMES_PER_BLOCK] = torch.where(spelt, keyed, head)
+        s = sigma.repeat_interleave(FRAMES_PER_BLOCK, 1)[:, None, :, None, None]
+        noisy = (1 - s) * x0 + s * noise
+        embedded = text(prompts)
+        amount = rates.noise * torch.rand(batch, 1, frames, 1, 1, generator=g)
+        context = x0 + amount * torch.randn(x0.shape, generator=g)
+        if step >= steps // 2 and float(torch.rand((), generator=g)) < rates.own:
+            with torch.no_grad():
+                guess = noisy - s * velocity(model, context, noisy, sigma, embedded)
+            replaced = torch.rand(batch, BLOCKS, generator=g) < 0.7
+            replaced = replaced.repeat_interleave(FRAMES_PER_BLOCK, 1)[:, None, :, None, None]
+            context = torch.where(replaced, guess, context)
+        v = velocity(model, context, noisy, sigma, embedded)
+        error = (v - (noise - x0)).square().mean((1, 3, 4)).unflatten(1, (BLOCKS, -1)).mean(2)
+        # block 0 has everything to invent and is one of nine
+        return {
+            "loss": error.mean() + 0.25 * error[:, 0].mean(),
+            "first": error[:, 0].mean(),
+            "later": error[:, 1:].mean(),
+        }
+
+    if name == "target":
+        half = train(
+            "target-half",
+            clips,
+            text,
+            runs,
+            steps=steps,
+            resume=resume,
+            batch=batch,
+            lr=lr,
+            rates=rates,
+            seed=seed,
+        )
+        _grow(model, half)
+        steps, lr = steps // 5, lr / 2
+    return fit(name, model, loss, steps=steps, lr=lr, runs=runs, resume=resume, seed=seed, ema=0.99)
+
+
+@torch.no_grad()
+def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
+    """Start ``model`` as ``half`` with a silent copy after each layer: the same function, twice
+    the layers."""
+    weights = half.state_dict()
+    grown = {name: value for name, value in weights.items() if not name.startswith("blocks.")}
+    for name, value in weights.items():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            grown[f"blocks.{2 * int(layer)}.{rest}"] = value
+            silent = "to_out" in rest or "net.2" in rest
+            grown[f"blocks.{2 * int(layer) + 1}.{rest}"] = value * 0 if silent else value
+    model.load_state_dict(grown)
+
+
+def _levels(n: int, g: torch.Generator) -> torch.Tensor:
+    """Noise levels ``[n, blocks]``: mostly those of inference, sometimes anything between 0.3 and
+    1."""
+    pick = torch.tensor(STEPS)[torch.randint(4, (n, BLOCKS), generator=g)] / 1000
+    free = 0.3 + 0.7 * torch.rand(n, BLOCKS, generator=g)
+    return torch.where(torch.rand(n, BLOCKS, generator=g) < 0.2, free, pick)
+
+
+def _prompts(
+    labels: torch.Tensor, motions: Motions, g: torch.Generator
+) -> tuple[list[Request], list[str]]:
+    rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=g)))
+    shown = zip(labels.tolist(), motions.direction.tolist(), motions.speed.tolist(), strict=True)
+    requests = [sample_request(rng, *row) for row in shown]
+    return requests, [write_prompt(r, rng) for r in requests]
