@@ -27,8 +27,7 @@ def pair() -> embedded.EmbeddedPair:
 
 @pytest.fixture(scope="module")
 def clips() -> tuple[Tensor, list[str]]:
-    """Real clips ``[20, 105, 3, 32, 32]`` of training scans, which the judge never saw, and their
-    prompts."""
+    """Real clips ``[20, 105, 3, 32, 32]`` of scans that the judge never saw, and prompts."""
     pytest.importorskip("sklearn", reason="the scans come from scikit-learn")
     from sdvg.train.data import CLIP_FRAMES, load_scans, render, sample_motions
 

@@ -1,5 +1,4 @@
-"""Stage ``vae``: diffusers' causal Wan autoencoder, tiny, trained to repeat short clips of moving
-digits."""
+"""Stage ``vae``: diffusers' causal Wan autoencoder, tiny, trained on clips of moving digits."""
 
 from __future__ import annotations
 
@@ -39,10 +38,9 @@ def build() -> AutoencoderKLWan:
 
 
 def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance ``[N, 16, 1 + k, 4, 4]`` of ``video [N, 3, 1 + 4k, 32, 32]``, in two
-    calls.
+    """Latent mean and log-variance ``[N, 16, 1 + k, 4, 4]`` of ``video [N, 3, 1 + 4k, 32, 32]``.
 
-    Equals ``vae.encode``, which makes one call per latent frame.
+    Equals ``vae.encode`` in two calls instead of one per latent frame.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
@@ -55,8 +53,7 @@ def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Video ``[N, 3, 1 + 4k, 32, 32]``, not clamped, of raw latents ``[N, 16, 1 + k, 4, 4]``, in
-    three calls."""
+    """Video ``[N, 3, 1 + 4k, 32, 32]``, not clamped, of raw latents ``[N, 16, 1 + k, 4, 4]``."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     vae.clear_cache()

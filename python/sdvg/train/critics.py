@@ -46,11 +46,10 @@ def _single(images: Tensor, g: torch.Generator) -> Tensor:
 
 
 def spoil(frames: Tensor, others: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Frames ``[N, 32, 32]`` spoilt in one of seven ways, and what is left of each digit ``[N]``
-    in [0, 1].
+    """Spoilt frames ``[N, 32, 32]`` and what is left of each digit, ``[N]`` in [0, 1].
 
-    Noise, blur, a ghost of itself, a blend with another digit (``others``), a missing part,
-    fading, nothing.
+    One of seven ways each: noise, blur, a ghost of itself, a blend with another digit (``others``),
+    a missing part, fading, nothing.
     """
     n = len(frames)
     kind = torch.randint(7, (n,), generator=g)
@@ -86,8 +85,7 @@ def spoil(frames: Tensor, others: Tensor, g: torch.Generator) -> tuple[Tensor, T
 
 @torch.no_grad()
 def _decoded(vae: AutoencoderKLWan, images: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Frames ``[N, 32, 32]`` of clips whose latents were noised, shrunk or blended, and what is
-    left ``[N]``."""
+    """Frames ``[N, 32, 32]`` decoded from noised, shrunk or blended latents; and what is left."""
     mean, std = statistics(vae)
     frames, left = [], []
     for part in torch.arange(len(images)).split(32):
@@ -141,16 +139,14 @@ def train_scorer(
 
 @torch.no_grad()
 def calibrate(reward: DigitsReward, frames: Tensor, prompts: list[str]) -> None:
-    """Set mean and deviation so that these frames ``[B, N, 3, H, W]``, a drafter's, score 0 and
-    1."""
+    """Make these frames ``[B, N, 3, H, W]``, a drafter's, score mean 0 and deviation 1."""
     reward.mean, reward.std = 0.0, 1.0
     values = reward(frames, prompts)
     reward.mean, reward.std = round(float(values.mean()), 4), round(float(values.std()), 4)
 
 
 def train_judge(runs: Path, *, steps: int, resume: bool, seed: int = 7) -> Judge:
-    """The judge, trained on held-out scans, shifted, turned, scaled and slightly spoilt; blends
-    are "no digit"."""
+    """The judge, trained on warped and slightly spoilt held-out scans; blends are "no digit"."""
     torch.manual_seed(seed)
     scans = load_scans(held_out=True)
     judge = Judge()

@@ -1,5 +1,4 @@
-"""Scanned digits that move: real samples (scikit-learn's 1,797 scans), rendered as clips with
-their prompts.
+"""Scanned digits that move: scikit-learn's 1,797 real scans as clips with prompts.
 
 A clip has 1 + 4k frames of 32 x 32 pixels; the digit bounces off the walls. Everything left open
 by the prompt (handwriting, start, direction or speed when unsaid) is read off the block-0 noise
@@ -30,9 +29,10 @@ JITTER, ANGLE, PACE, DIGIT_ANGLE, STYLE = slice(0, 2), slice(2, 4), 4, slice(5, 
 
 @dataclass(frozen=True)
 class Scans:
-    """Scanned digits: images ``[N, 8, 8]`` in [0, 1], labels ``[N]``, style ``[N, 9]``
-    (Gaussianised
-    principal components of the handwriting within its class)."""
+    """Scanned digits: images ``[N, 8, 8]`` in [0, 1], labels ``[N]``, style ``[N, 9]``.
+
+    Style is the handwriting's principal components within its class, made Gaussian.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -66,8 +66,7 @@ def load_scans(held_out: bool = False) -> Scans:
 
 @dataclass(frozen=True)
 class Motions:
-    """Paths of N digits: direction index ``[N]``, speed index ``[N]``, jitter ``[N, 2]`` (standard
-    normal)."""
+    """Paths: direction and speed index ``[N]``, jitter of the start ``[N, 2]``, standard normal."""
 
     direction: torch.Tensor
     speed: torch.Tensor
@@ -86,8 +85,7 @@ class Motions:
 
 
 def render(images: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Frames ``[N, T, 32, 32]`` in [0, 1]: scans ``[N, 8, 8]`` drawn at ``centres [N, T, 2]``,
-    bicubic."""
+    """Frames ``[N, T, 32, 32]`` in [0, 1]: scans ``[N, 8, 8]`` drawn at ``centres [N, T, 2]``."""
     n, frames = centres.shape[:2]
     pixel = torch.arange(SIZE, dtype=torch.float32) + 0.5
     # output pixel -> scan coordinate in [-1, 1]; one pad pixel on each side lets the edge fade to
@@ -139,8 +137,7 @@ def keyed_noise(
     requests: list[Request],
     g: torch.Generator,
 ) -> torch.Tensor:
-    """Block-0 noise ``[N, 16, 3, h, w]`` whose 16 channel means spell the clip; still standard
-    normal over clips.
+    """Block-0 noise ``[N, 16, 3, h, w]`` whose channel means spell the clip; still standard normal.
 
     Keys that the prompt has settled stay as drawn.
     """

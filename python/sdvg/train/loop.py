@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan 2024): each update of a matrix has all singular values near
-    one.
+    """Momentum, orthogonalised (Jordan 2024): all singular values of an update are near one.
 
     Convolutions count as matrices ``[out, in * taps]``. Scaled so that one rate serves AdamW's
     parameters too (Liu et al. 2025, arXiv 2502.16982). On these small models one step is worth
@@ -83,8 +82,8 @@ def fit(
 
     ``loss(generator, step)`` returns named scalars, ``"loss"`` the one minimised; step ``i`` always
     gets a generator seeded by ``(seed, i)``, so a resumed run equals an unbroken one. Writes
-    ``runs/<name>.pt`` (checkpoint, every ``save_every`` steps, written aside and renamed) and ``runs/<name>.csv``
-    (step, seconds, lr, losses). The learning rate warms up, stays, and falls linearly over the
+    ``runs/<name>.pt`` (checkpoint, every ``save_every`` steps, written aside and renamed) and
+    ``runs/<name>.csv`` (step, seconds, lr, losses). The learning rate warms up, stays, and falls linearly over the
     last 40 %. ``report(average, step)`` runs at each checkpoint.
     """
     runs.mkdir(parents=True, exist_ok=True)

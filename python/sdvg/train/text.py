@@ -1,5 +1,4 @@
-"""Stage ``text``: a word-level tokenizer and a tiny UMT5 encoder that reads digit, direction and
-speed."""
+"""Stage ``text``: a tokenizer and a tiny UMT5 that reads digit, direction and speed."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Reader(nn.Module):
-    """The encoder with three heads: digit (10: unsaid), direction (8: unsaid), speed (2:
-    unsaid)."""
+    """The encoder with heads for digit (10: unsaid), direction (8: unsaid), speed (2: unsaid)."""
 
     def __init__(self, vocabulary: int) -> None:
         from transformers import UMT5Config, UMT5EncoderModel

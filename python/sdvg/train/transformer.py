@@ -1,9 +1,8 @@
-"""Stages ``target`` and ``drafter``: flow matching with block-causal teacher forcing, one forward
-a clip.
+"""Stages ``target`` and ``drafter``: flow matching with block-causal teacher forcing.
 
-The stock transformer sees ``[clean latents | noisy latents]`` with repeated positions, a timestep
-for each token, and a mask under which noisy block ``b`` attends to itself and to what a KV cache
-would hold for it:
+One forward a clip: the stock transformer sees ``[clean latents | noisy latents]`` with repeated
+positions, a timestep for each token, and a mask under which noisy block ``b`` attends to itself
+and to what a KV cache would hold for it:
 
     keys        clean 0 1 2 3 4     noisy 0 1 2 3 4        (sink = block 0, window = 3 blocks)
     noisy 0           . . . . .           x . . . .
@@ -118,8 +117,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class TeacherForcing:
-    """The stock model's arithmetic, arranged for training: equal to its forward under the mask
-    drawn above.
+    """The stock model's arithmetic, arranged for training, under the mask drawn above.
 
     A timestep belongs to a block, so modulation is computed for each block and broadcast; the
     stock forward would expand it to every token in float32, which on a CPU costs more than the
@@ -147,8 +145,8 @@ class TeacherForcing:
         sigma: torch.Tensor,
         text: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicted ``noise - x_0`` ``[N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]`` in
-        [0, 1]."""
+        """Predicted ``noise - x_0 [N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]`` in [0,
+        1]."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             steps = torch.cat((torch.zeros_like(sigma), 1000 * sigma), 1)
             x = model.patch_embedding(torch.cat((clean, noisy), 2)).float()
@@ -232,8 +230,7 @@ def train(
     seed: int = 4,
     patch: int = 2,
 ) -> WanTransformer3DModel:
-    """The trained transformer; ``"target"`` and ``"drafter"`` see the same clips and the same
-    noise."""
+    """The trained transformer; target and drafter see the same clips and the same noise."""
     torch.manual_seed(seed)
     model = build(name, patch)
     velocity = TeacherForcing(model)
@@ -294,8 +291,7 @@ def train(
 
 @torch.no_grad()
 def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
-    """Start ``model`` as ``half`` with a silent copy after each layer: the same function, twice
-    the layers."""
+    """Make ``model`` equal to ``half``, with a silent copy after each of its layers."""
     weights = half.state_dict()
     grown = {name: value for name, value in weights.items() if not name.startswith("blocks.")}
     for name, value in weights.items():
@@ -308,8 +304,7 @@ def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
 
 
 def _levels(n: int, g: torch.Generator) -> torch.Tensor:
-    """Noise levels ``[n, blocks]``: mostly those of inference, sometimes anything between 0.3 and
-    1."""
+    """Noise levels ``[n, blocks]``: mostly those of inference, else anything from 0.3 to 1."""
     pick = torch.tensor(STEPS)[torch.randint(4, (n, BLOCKS), generator=g)] / 1000
     free = 0.3 + 0.7 * torch.rand(n, BLOCKS, generator=g)
     return torch.where(torch.rand(n, BLOCKS, generator=g) < 0.2, free, pick)

@@ -1,5 +1,4 @@
-"""A drafter and a target of moving digits, small enough for a laptop: real classes, shipped
-weights.
+"""A drafter and a target of moving digits, small enough for a laptop: real classes, tiny sizes.
 
 The folder `WEIGHTS` is in diffusers' format; each part loads by its own class's
 ``from_pretrained``. Made by ``python -m sdvg.train.digits``.
@@ -124,8 +123,7 @@ def _exists(path: Path) -> None:
 
 
 def _check(path: Path, build: Callable[[], nn.Module], tied: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless ``path`` holds every tensor of the model that its config
-    describes."""
+    """Raise ValueError unless ``path`` holds every tensor that its config describes."""
     from safetensors import SafetensorError, safe_open
 
     _exists(path)

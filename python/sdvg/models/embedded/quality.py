@@ -1,5 +1,4 @@
-"""How good a video of moving digits is: the judge that neither the models nor the scorer were
-trained against."""
+"""How good a video of moving digits is, by a judge that nothing else was trained against."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class Quality(NamedTuple):
 
 
 class Judge(nn.Module):
-    """A classifier of centred digits, trained on the held-out scans only; class 10 is "no legible
-    digit"."""
+    """A classifier trained on the held-out scans only; class 10 is "no legible digit"."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -71,8 +69,10 @@ class Judge(nn.Module):
 
 
 def centroids(grey: Tensor) -> Tensor:
-    """Centres of brightness ``[N, 2]`` (x, y), in pixels, of frames ``[N, H, W]``; the middle
-    where all is dark."""
+    """Centres of brightness ``[N, 2]`` (x, y), in pixels, of frames ``[N, H, W]``.
+
+    The middle of the frame where all is dark.
+    """
     light = (grey - 0.2).clamp(0)
     mass = light.sum((1, 2)).clamp(1e-6)
     y, x = (torch.arange(n, dtype=grey.dtype) + 0.5 for n in grey.shape[1:])
@@ -82,8 +82,7 @@ def centroids(grey: Tensor) -> Tensor:
 
 
 def crop(grey: Tensor, size: int = 20) -> Tensor:
-    """``[N, size, size]`` around the centre of brightness, bilinear between pixels, dark
-    outside."""
+    """``[N, size, size]`` around the centre of brightness, dark outside."""
     height, width = grey.shape[1:]
     offset = torch.arange(size) - (size - 1) / 2
     centre = centroids(grey)

@@ -1,5 +1,4 @@
-"""The embedded models' text encoder: a tiny UMT5 behind a word-level tokenizer that spells unknown
-words."""
+"""The embedded models' text encoder: a tiny UMT5 behind a tokenizer of words and letters."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ LENGTH = 24  # tokens, fixed; longer prompts are cut
 
 
 class TextEncoder:
-    """Prompts -> embeddings ``[B, 24, dim]``, zero past each prompt's true length, as Wan's
-    pipelines pad."""
+    """Prompts -> embeddings ``[B, 24, dim]``, zero past each prompt's length, as Wan pads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> None:
         self.tokenizer = tokenizer
