@@ -83,8 +83,8 @@ def fit(
     ``loss(generator, step)`` returns named scalars, ``"loss"`` the one minimised; step ``i`` always
     gets a generator seeded by ``(seed, i)``, so a resumed run equals an unbroken one. Writes
     ``runs/<name>.pt`` (checkpoint, every ``save_every`` steps, written aside and renamed) and
-    ``runs/<name>.csv`` (step, seconds, lr, losses). The learning rate warms up, stays, and falls linearly over the
-    last 40 %. ``report(average, step)`` runs at each checkpoint.
+    ``runs/<name>.csv`` (step, seconds, lr, losses). The learning rate warms up, stays, and falls
+    linearly over the last 40 %. ``report(average, step)`` runs at each checkpoint.
     """
     runs.mkdir(parents=True, exist_ok=True)
     path, log = runs / f"{name}.pt", runs / f"{name}.csv"

@@ -145,8 +145,7 @@ class TeacherForcing:
         sigma: torch.Tensor,
         text: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicted ``noise - x_0 [N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]`` in [0,
-        1]."""
+        """Predicted ``noise - x_0 [N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]``."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             steps = torch.cat((torch.zeros_like(sigma), 1000 * sigma), 1)
             x = model.patch_embedding(torch.cat((clean, noisy), 2)).float()
