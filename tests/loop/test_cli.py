@@ -126,6 +126,7 @@ def test_several_prompts_are_one_batch_of_numbered_videos(pair: Pair, tmp_path: 
     reports = [json.loads((tmp_path / f"b-{n}.json").read_text()) for n in (1, 2, 3)]
     assert [report["prompt"] for report in reports] == texts
     assert [report["sequence"] for report in reports] == [0, 1, 2]
+    assert {report["blocks"][0]["reason"] for report in reports} == {"router"}
 
 
 @pytest.mark.parametrize(
