@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS, SPEEDS
 from sdvg.train import autoencoder, critics, text, transformer
+from sdvg.train.data import BLOCKS, sample_motions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -48,13 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(stage: str, options: argparse.Namespace) -> None:
-    out, common = (
-        options.out,
-        {
-            "steps": options.steps or STEPS[options.stage if options.stage != "all" else stage],
-            "resume": options.resume,
-        },
-    )
+    out = options.out
+    common = {"steps": options.steps or STEPS[stage], "resume": options.resume}
     if stage == "vae":
         _save(autoencoder.train(options.runs, **common), out / "vae")
         (options.runs / "latents.pt").unlink(missing_ok=True)
@@ -69,7 +66,9 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         _save(model, out / ("transformer" if stage == "target" else "drafter"))
         _index(out)
     elif stage == "scorer":
-        critics.train_scorer(_vae(out), options.runs, **common).save_pretrained(out / "scorer")
+        reward = critics.train_scorer(_vae(out), options.runs, **common)
+        critics.calibrate(reward, *_drafts(out))
+        reward.save_pretrained(out / "scorer")
     else:
         critics.train_judge(options.runs, **common).save_pretrained(out / "judge")
     log = out / "training"
@@ -95,6 +94,33 @@ def _text(out: Path) -> TextEncoder:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     return TextEncoder(tokenizer, UMT5EncoderModel.from_pretrained(out / "text_encoder").float())
+
+
+def _drafts(out: Path, count: int = 40) -> tuple[torch.Tensor, list[str]]:
+    """Frames ``[count, 105, 3, 32, 32]`` that the drafter makes alone, and their prompts."""
+    from diffusers import WanTransformer3DModel
+
+    from sdvg.engine import SDVG
+    from sdvg.models.vae import StreamingVAE
+    from sdvg.models.wan import CausalWan
+    from sdvg.router import Always
+
+    drafter = WanTransformer3DModel.from_pretrained(out / "drafter", low_cpu_mem_usage=False)
+    model = CausalWan(
+        drafter.float(), _text(out), height=4, width=4, sink_frames=3, window_frames=9
+    )
+    g = torch.Generator().manual_seed(8)
+    motions = sample_motions(count, g)
+    prompts = [
+        f"a {DIGITS[i % 10]} moving {list(DIRECTIONS)[way]}, {list(SPEEDS)[pace]}"
+        for i, (way, pace) in enumerate(
+            zip(motions.direction.tolist(), motions.speed.tolist(), strict=True)
+        )
+    ]
+    loop = SDVG(model, None, StreamingVAE(_vae(out)), router=Always())
+    # seeds from here on are not those of any evaluation
+    made = loop.generate(prompts, num_blocks=BLOCKS, seed=2**31)
+    return torch.cat([block.frames for block in made], 1), prompts
 
 
 def _index(out: Path) -> None:
