@@ -96,6 +96,9 @@ def shapes(cpu: bool, quick: bool) -> list[Shape]:
 
 def plans(bench: Bench) -> Iterator[Plan]:
     """Yield the cases."""
+    for peer in attention_peers(bench.device):
+        if not peer.reason:
+            bench.notes.append(f"{peer.name}: {peer.what} ({peer.version})")
     for shape in shapes(bench.device.type == "cpu", bench.quick):
         yield Plan(f"block_causal_attention {shape}", partial(case, bench, shape))
 

@@ -176,6 +176,7 @@ def _wan(bench: Bench, drafter: Size, target: Size, height: int, width: int) -> 
         prompts=["a random video"],
         shape=f"Wan {drafter.name} for {target.name} {8 * height}x{8 * width} B=1 stride=3",
         dtype=str(dtype).removeprefix("torch."),
+        blocks=2 if cpu else 4,
     )
 
 
@@ -246,9 +247,9 @@ def _generation(
     prompts: list[str],
     shape: str,
     dtype: str,
+    blocks: int = 4,
 ) -> Case:
     """Return SDVG and draft-only generation; target-only is their peer: `ratio` is the speed-up."""
-    blocks = 4
 
     def generate(loop: SDVG) -> list[Block]:
         return list(loop.generate(prompts, num_blocks=blocks))

@@ -232,12 +232,15 @@ class Bench:
         self.device = torch.device(device)
         self.deadline = time.monotonic() + budget
         self.rows: list[Row] = []
+        # what the page says beside its rows
+        self.notes: list[str] = []
         self.left_out: list[str] = []
         self.failed: list[str] = []
         self.gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.commit = commit()
         self.versions = versions()
         self.limits = self._measure_limits()
+        self._free()
 
     @property
     def late(self) -> bool:
@@ -257,12 +260,15 @@ class Bench:
             except Exception as error:
                 traceback.print_exc()
                 self._fail(f"{plan.what}: {_sentence(error)}")
-            # a case holds gigabytes
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free()
         self._write()
         return 1 if self.failed else 0
+
+    def _free(self) -> None:
+        """Give back what a case held: gigabytes."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _run_case(self, case: Case) -> None:
         seconds = 0.15 if self.quick else 0.3
@@ -410,7 +416,12 @@ class Bench:
             cells += [_number(row.ratio, ".2f")]
             cells += [_number(row.versions.get(name), ".0f") for name in ("sm_mhz", "watts")]
             text.append("| " + " | ".join(cells) + " |")
-        for title, lines in (("Left out", self.left_out), ("Failed, no figure", self.failed)):
+        said = {
+            "Peers": self.notes,
+            "Left out": self.left_out,
+            "Failed, no figure": self.failed,
+        }
+        for title, lines in said.items():
             if lines:
                 text += [f"\n{title}:\n", *(f"- {entry}" for entry in lines)]
         return "\n".join(text) + "\n"

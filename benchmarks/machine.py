@@ -83,7 +83,9 @@ def clocks() -> dict[str, str | float]:
 
 def _smi(**queries: str) -> dict[str, str]:
     fields = f"--query-gpu={','.join(queries.values())}"
-    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "--id=0"]
+    # CUDA_VISIBLE_DEVICES renumbers, nvidia-smi does not know
+    uuid = torch.cuda.get_device_properties(0).uuid
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

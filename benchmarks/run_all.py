@@ -31,7 +31,7 @@ def run(name: str, arguments: Sequence[str], limit: float) -> int:
     command = [sys.executable, "-u", "-m", f"benchmarks.{name}", *arguments]
     try:
         environment = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run(command, timeout=limit, env=environment).returncode
+        return subprocess.run(command, timeout=limit, env=environment, cwd=ROOT).returncode
     except subprocess.TimeoutExpired:
         return 124
 
