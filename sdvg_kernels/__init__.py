@@ -19,6 +19,7 @@ _EXPORTS = {
     "select_": "cache",
     "PointerTable": "cache",
     "block_causal_attention": "attention",
+    "KeyBias": "attention",
     "route_blocks": "verify",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))

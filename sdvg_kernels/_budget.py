@@ -1,10 +1,10 @@
-"""What `codegen` compiles, and what each compiled kernel may cost. Budgets stand beside the kernels, in op/config.py."""
+"""What `codegen` compiles, and what it may cost; the budgets themselves stand in op/config.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# bytes of shared memory that one program may have; sm_80 stands for all of 8.x, where 8.6 and 8.9 have the least
+# bytes of shared memory that a program may have; sm_80 stands for 8.x, where 8.6 and 8.9 have least
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 
 
@@ -21,7 +21,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Compilation:
-    """One Triton kernel with one shipped configuration for one architecture, as a launch would compile it."""
+    """One Triton kernel in one shipped configuration, as a launch on `arch` compiles it."""
 
     kernel: object
     arch: int

@@ -1,6 +1,6 @@
-"""Argument checks: every message is one sentence of one form, `{op}: {argument} must {rule}, got {value}`, plus a remedy.
+"""Argument checks: a message is `{op}: {argument} must {rule}, got {value}`, plus a remedy.
 
-Checks cost little when they hold: nothing is formatted before a check fails.
+Nothing is formatted before a check fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def message(op: str, argument: str, rule: str, got: object, remedy: str = "") ->
 
 
 def require(
-    condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = ""
+    op: str, condition: bool, argument: str, rule: str, got: object, remedy: str = ""
 ) -> None:
     """Raise ValueError with the sentence unless `condition` holds."""
     if not condition:
@@ -25,40 +25,29 @@ def require(
 
 
 def require_dtype(
-    condition: bool, op: str, argument: str, rule: str, got: object, remedy: str = ""
+    op: str, condition: bool, argument: str, rule: str, got: object, remedy: str = ""
 ) -> None:
     """Raise TypeError with the sentence unless `condition` holds."""
     if not condition:
         raise TypeError(message(op, argument, rule, got, remedy))
 
 
-def shape_of(tensor: torch.Tensor) -> list[int]:
-    """Return the shape as a plain list, for messages."""
-    return list(tensor.shape)
-
-
 def require_implementation(
     op: str, implementation: str | None, available: dict[str, str], where: str
 ) -> str:
-    """Return the name of the implementation to run: the one asked for, else the first that is available.
+    """Return which implementation runs: the one asked for, else the first that is available.
 
-    `available` maps names, in order of preference, to "" or why not; `where` says what it is about.
-    Raises ValueError for a name that does not exist, NotImplementedError for one that cannot run here.
+    `available` maps names, in order of preference, to "" or why not; `where` says on what.
+    Raises ValueError for a name that does not exist, NotImplementedError for one that cannot run.
     """
     if implementation is None:
         return next(name for name, reason in available.items() if not reason)
-    require(
-        implementation in available,
-        op,
-        "implementation",
-        f"be one of {', '.join(map(repr, available))}",
-        repr(implementation),
-    )
-    if available[implementation]:
-        rule = f"run {where}"
-        raise NotImplementedError(
-            message(op, "implementation", rule, repr(implementation), available[implementation])
-        )
+    names = ", ".join(map(repr, available))
+    got = repr(implementation)
+    require(op, implementation in available, "implementation", f"be one of {names}", got)
+    if reason := available[implementation]:
+        rule = f"run on {where}"
+        raise NotImplementedError(message(op, "implementation", rule, got, reason))
     return implementation
 
 
@@ -71,3 +60,8 @@ def triton_reason(device: str) -> str:
     if device == "cpu" and not triton.knobs.runtime.interpret:
         return "set TRITON_INTERPRET=1 before the start to run Triton on cpu tensors"
     return "" if device in ("cpu", "cuda") else f"there is no Triton kernel for {device}"
+
+
+def shape_of(tensor: torch.Tensor) -> list[int]:
+    """Return the shape as a plain list, for messages."""
+    return list(tensor.shape)

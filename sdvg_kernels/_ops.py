@@ -1,7 +1,8 @@
-"""The one place where ops are defined: their schemas, their fakes, and the loading of the compiled module `_C`.
+"""The one place where ops are defined: their schemas, their fakes, and the loading of `_C`.
 
-Each op's schema and fake stand here once. `op/api.py` attaches the implementations with `implement`;
-`_C` (CUDA C++, see csrc/) attaches its own to the same schemas when it is imported by `load_extension`.
+Each op's schema and fake stand here once. `op/api.py` attaches the implementations with
+`implement`; `_C` (CUDA C++, see csrc/) attaches its own to the same schemas when `load_extension`
+imports it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in (NAMESPACE, H
 
 
 def define(schema: str, fake: Callable[..., object], *, host_lane: bool = False) -> None:
-    """Define the op `schema` with its `fake`; with `host_lane`, also in the host lane's namespace."""
+    """Define the op `schema` with its `fake`; with `host_lane`, in the host lane too."""
     name = schema.split("(", 1)[0]
     for namespace in (NAMESPACE, HOST_NAMESPACE) if host_lane else (NAMESPACE,):
         _LIBRARIES[namespace].define(schema)
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=_LIBRARIES[namespace])
 
 
-def implement(name: str, *, cpu: Callable[..., object], cuda: Callable[..., object] | None = None) -> None:
+def implement(
+    name: str, *, cpu: Callable[..., object], cuda: Callable[..., object] | None = None
+) -> None:
     """Attach the implementations of the op `name` that are written in Python."""
     library = _LIBRARIES[NAMESPACE]
     library.impl(name, cpu, "CPU")
@@ -45,12 +48,13 @@ def load_extension() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
-# attention: the functional op, and the one that writes `out`; lse is [B, H, T], or [0] without return_lse
+# attention, and the same into `out`; lse is [B, H, T], or [0] if not asked for
 
 _ATTENTION = """(
     Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? cache_batch_idx,
-    int? block_size, int sink, int? window, float softmax_scale, float? bias, int bias_start, int? bias_stop,
-    int? num_splits, bool return_lse, str implementation{out}) -> {result}"""
+    int? block_size, int sink, int? window, float softmax_scale,
+    float? bias, int bias_start, int? bias_stop, int? num_splits, bool return_lse,
+    str implementation{out}) -> {result}"""
 
 
 def _fake_lse(query: torch.Tensor, return_lse: bool) -> torch.Tensor:
@@ -73,8 +77,8 @@ define(
 # verify: (accept [B] bool, score [B] float32)
 
 define(
-    "route_blocks(Tensor frame_rewards, Tensor? first, float tau, bool all_first, str aggregate, str implementation)"
-    " -> (Tensor, Tensor)",
+    "route_blocks(Tensor frame_rewards, Tensor? first, float tau, bool all_first, str aggregate,"
+    " str implementation) -> (Tensor, Tensor)",
     lambda frame_rewards, *_: (
         frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.bool),
         frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.float32),
@@ -82,7 +86,7 @@ define(
 )
 
 
-# cache: every list holds one tensor [layers, ...] or one tensor per layer; an empty undo means none is kept
+# cache: a list holds one tensor [layers, ...] or one tensor per layer; an empty undo: none is kept
 
 _CACHES = "Tensor(a!)[] k_cache, Tensor(b!)[] v_cache"
 
@@ -113,6 +117,4 @@ define(
     _mutates,
     host_lane=True,
 )
-define(
-    "select_(Tensor accept, Tensor(a!)[] draft, Tensor[] other) -> ()", _mutates, host_lane=True
-)
+define("select_(Tensor accept, Tensor(a!)[] draft, Tensor[] other) -> ()", _mutates, host_lane=True)

@@ -2,10 +2,11 @@
 
     python -m sdvg_kernels.codegen [--arch sm_90] [--kernel attention] [--json out.json]
 
-Triton kernels are compiled in every shipped configuration (`compilations` in op/kernel.py); CUDA kernels are
-read from the built extension, or compiled from csrc/ where there is nvcc. What is printed is read from the
-machine code: registers, bytes spilled, shared memory, and the matrix instructions. Exit code 1, with a list,
-when a kernel is over its budget (op/config.py; `// budget: <kernel> registers <n>` in csrc/).
+Triton kernels are compiled in every shipped configuration (`compilations` in op/kernel.py); CUDA
+kernels are read from the built extension, or compiled from csrc/ where there is nvcc. What is
+printed is read from the machine code: registers, bytes spilled, shared memory, and the matrix
+instructions. Exit code 1, with a list, when a kernel is over its budget (op/config.py; `// budget:
+<kernel> registers <n>` in csrc/).
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> 
 
 
 def _read(binary: str, *select: str) -> dict[str, _Facts]:
-    """Return the facts of each kernel in a cubin, or in an extension with `select` naming one arch."""
+    """Return the facts of each kernel in a cubin, or in an extension if `select` names an arch."""
     tool = _cuobjdump()
     usage = _run(tool, "-res-usage", *select, binary)
     code = dict(
@@ -225,7 +226,7 @@ def _read_source(nvcc: str, source: Path, arch: int) -> dict[str, _Facts]:
 
 
 def _demangled(name: str) -> str:
-    """Return the identifiers of a mangled kernel name that tell it apart: `run_on_device SelectRows`."""
+    """Return the identifiers in a mangled kernel name: `run_on_device SelectRows`."""
     words, rest = [], name
     while found := re.search(r"\d+", rest):
         start, length = found.end(), int(found.group())
@@ -272,7 +273,7 @@ def _run(*command: str) -> str:
 def _table(rows: list[Row]) -> str:
     """Return the rows as aligned text."""
     head = ("kernel", "arch", "config", "registers", "spilled", "shared", "matrix", "budget")
-    body = [tuple(str(cell) for cell in row[:-1]) + (row.over or "ok",) for row in rows]
+    body = [(*map(str, row[:-1]), row.over or "ok") for row in rows]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

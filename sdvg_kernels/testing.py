@@ -57,7 +57,7 @@ class Lane(NamedTuple):
 
 
 def lanes() -> list[Lane]:
-    """Return the lanes of this machine: the references, Triton's interpreter where it is on, and the GPU's."""
+    """Return this machine's lanes: the references, Triton's interpreter if it is on, the GPU's."""
     found = [Lane("reference", "cpu", "reference")]
     if not triton_reason("cpu"):
         found.append(Lane("interpreter", "cpu", "triton"))
@@ -82,9 +82,9 @@ class RingCache(NamedTuple):
 def ring_cache(
     keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: int, sink: int = 0
 ) -> RingCache:
-    """Write each sequence's logical tokens [L_b, Hk, D] one after another into a ring of `slots` slots.
+    """Write each sequence's logical tokens [L_b, Hk, D] into a ring of `slots` slots.
 
-    Slot of token `t`: `t` if `t < sink`, else `sink + (t - sink) % (slots - sink)`. The rest is NaN.
+    Slot of token `t`: `t` if `t < sink`, else `sink + (t - sink) % (slots - sink)`. The rest: NaN.
     """
     caches = []
     for sequences in (keys, values):
@@ -111,10 +111,10 @@ def logical_attention(
     softmax_scale: float | None = None,
     key_bias: KeyBias | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `block_causal_attention` (out [B, T, H, D], lse [B, H, T]) in query's dtype, from logical tokens.
+    """Return `block_causal_attention` (out [B, T, H, D], lse [B, H, T]) from logical tokens.
 
-    Knows nothing of slots but their number: every row has a mask over its sequence's tokens, written as the
-    contract words it. In float64 it is the truth; in a smaller dtype it is plain PyTorch in that dtype.
+    Knows nothing of slots but their number: every row has a mask over its sequence's tokens, as the
+    contract words it. In float64 it is the truth; in query's smaller dtype it is plain PyTorch.
     """
     batch, rows, heads, dim = query.shape
     device = query.device
@@ -149,10 +149,10 @@ def logical_attention(
 def assert_within_budget(
     actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, what: str = "output"
 ) -> None:
-    """Assert that `actual` is at most twice as far from `exact` (float64) as plain PyTorch in its dtype is.
+    """Assert that `actual` is at most twice as far from `exact` (float64) as `same_dtype` is.
 
-    To that error one rounding of the largest value is added: where PyTorch happens to be exact, nothing else
-    could pass. Values that are not finite must be the same in `actual` as in `exact`.
+    One rounding of the largest value is added: where plain PyTorch happens to be exact, nothing
+    else could pass. Values that are not finite must be the same in `actual` as in `exact`.
     Source: flash-attention's test suite.
     """
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, not {exact.shape}"
@@ -173,7 +173,7 @@ def assert_within_budget(
 
 
 def main() -> int:
-    """Check every lane of this machine on a few inputs, print a table, return 1 when one is wrong."""
+    """Check every lane of this machine on a few inputs; print a table; return 1 if one is wrong."""
     failed = False
     for lane in lanes():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

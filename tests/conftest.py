@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-# without a GPU, Triton kernels run in its interpreter: it must be on before Triton is first imported
+# without a GPU, Triton's kernels run in its interpreter: it must be on before the first import
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

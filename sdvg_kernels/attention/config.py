@@ -1,7 +1,7 @@
-"""Launch configurations of the Triton attention kernels, each with its reason, and what they may cost.
+"""Launch configurations of the Triton attention kernels with their reasons, and their budgets.
 
-No GPU was measured. Reasons cite what `python -m sdvg_kernels.codegen` shows (registers, spills, shared
-memory, under Triton 3.6 and 3.7) and arithmetic; a measured gain belongs in benchmarks/results.
+No GPU was measured. Reasons cite arithmetic and what `python -m sdvg_kernels.codegen` shows under
+Triton 3.6 and 3.7: registers, spills, shared memory. Measured gains belong in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def choose(
 def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
     """Return in how many parts to split the keys, from shapes alone.
 
-    Splitting pays where the query tiles leave multiprocessors idle; a part has at least 4 key tiles, so
-    that reading its partial result back stays small beside reading its keys.
+    Splitting pays where the query tiles leave multiprocessors idle; a part has at least 4 key
+    tiles, so that reading its partial result back stays small beside reading its keys.
     """
     if tiles * 5 >= processors * 4:
         return 1
@@ -126,7 +126,7 @@ def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
 
 
 def budget(arch: int, launch: Launch, dtype: torch.dtype) -> Budget:
-    """Return what the attention kernel may cost: no spills, and the architecture's own matrix instruction."""
+    """Return what the attention kernel may cost: no spills; its matrix instruction."""
     if dtype == torch.float32:
         return Budget()
     wide = {_HOPPER: "HGMMA", _BLACKWELL: "UTC"}.get(arch, "HMMA")

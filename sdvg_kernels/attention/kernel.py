@@ -4,13 +4,17 @@ A program owns a tile of BT query rows of one head and walks key tiles with the 
 
     m' = max(m, max_s x)    l' = l 2^(m - m') + sum_s 2^(x - m')    o' = o 2^(m - m') + 2^(x - m') V
 
-in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The tiles are logical: those of the
-sink, and those from the first token that some row of the tile sees to the last. The order of keys does not matter to a
-softmax, so the tiles are renumbered: first the *edges*, where some row misses some key or the ring wraps: slot and mask
-are found per key; then the *interior*, where slots are contiguous and nothing is masked. A split is a run of that numbering.
+in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The tiles are
+logical: those of the sink, and those from the first token that some row of the tile sees to the
+last. The order of keys does not matter to a softmax, so they are renumbered: first the *edges*,
+where some row misses some key or the ring wraps: slot and mask are found per key; then the
+*interior*, where slots are contiguous and nothing is masked. A split is a run of that numbering.
 
 Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; lengths are read on the device.
 """
+
+# a Triton kernel's arguments have no Python types
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -62,11 +66,11 @@ def _attend(
     BIAS_TO_BLOCK: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
-    """Fold the tile of logical tokens [t0, t0 + BS) into the running softmax; [t_low, t_high) bounds it if MASKED."""
+    """Fold the logical tokens [t0, t0 + BS) into the softmax; if MASKED, only [t_low, t_high)."""
     # [BS]
     o_t = t0 + tl.arange(0, BS)
     o_d = tl.arange(0, D)
-    # a tile begins in the sink or in the ring; one that runs past the sink is masked there, or nothing wraps
+    # a tile that begins in the sink and runs past it is masked there, or the ring has not wrapped
     slot0 = tl.where(t0 < sink, t0, sink + (t0 - sink) % (S - sink))
     # [BS, D]
     if MASKED:
@@ -162,7 +166,7 @@ def attention_kernel(
     BIAS_TO_BLOCK: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
-    """Write out [B, T, H, D] and lse [B, H, T]; with splits, float32 partials [NS, B, T, H, D] and [NS, B, H, T]."""
+    """Write out [B, T, H, D] and lse [B, H, T]; with splits, float32 partials [NS, ...] of both."""
     # query tiles of one head are neighbours: they share its keys in L2
     n_t = tl.cdiv(T, BT)
     i_t = tl.program_id(0) % n_t
@@ -188,7 +192,7 @@ def attention_kernel(
     low = tl.where(low == sink, 0, low)
     n_sink = tl.where(low == 0, 0, tl.cdiv(tl.maximum(sink_high, 0), BS))
     n_ring = tl.cdiv(tl.maximum(e_last - low, 0), BS)
-    # tiles of the second range that every row sees entirely: [first, stop), but for the one that wraps
+    # its tiles that every row sees entirely: [first, stop), but for the one that wraps
     first = tl.minimum(tl.cdiv(tl.maximum(e_last - window - low, 0), BS), n_ring)
     stop = tl.maximum(tl.maximum(e_first - low, 0) // BS, first)
     to_wrap = S - tl.where(low < sink, low, sink + (low - sink) % (S - sink))
@@ -310,7 +314,7 @@ def combine_kernel(
     BT: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """Combine part [NS, B, T, H, D] and part_lse [NS, B, H, T] into out [B, T, H, D] and lse [B, H, T]."""
+    """Combine part [NS, B, T, H, D] and part_lse [NS, B, H, T] into out and lse."""
     n_t = tl.cdiv(T, BT)
     i_t = tl.program_id(0) % n_t
     i_bh = tl.program_id(0) // n_t
@@ -365,7 +369,7 @@ def block_causal_attention(
     num_splits: int | None,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out [B, T, H, D] in query's dtype, lse [B, H, T] float32, or [0] without `return_lse`)."""
+    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked)."""
     batch, rows, heads, dim = query.shape
     size, heads_cached = k_cache.shape[1:3]
     if out is None:
@@ -494,8 +498,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 arch=arch,
                 config=f"D{dim} {name} BT{launch.BT} BS{launch.BS}"
                 + (" bias lse idx" if full else ""),
-                signature=types
-                | {key: f"*{name}" for key in ("query", "k_cache", "v_cache", "out")},
+                signature=types | dict.fromkeys(("query", "k_cache", "v_cache", "out"), f"*{name}"),
                 constants={
                     "GROUP": 1,
                     "D": dim,

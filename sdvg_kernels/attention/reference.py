@@ -1,4 +1,4 @@
-"""`block_causal_attention` in eager PyTorch: the definition of truth, and the op's CPU implementation.
+"""`block_causal_attention` in eager PyTorch: the definition of truth, and what runs on CPUs.
 
     slot(t) = t                              if t < sink
             = sink + (t - sink) % (S - sink) otherwise
@@ -32,7 +32,7 @@ def block_causal_attention(
     bias_stop: int | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out [B, T, H, D] in query's dtype, lse [B, H, T] float32, or [0] without `return_lse`)."""
+    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked)."""
     batch, rows, heads, _ = query.shape
     lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
     if query.numel() == 0:
@@ -103,7 +103,7 @@ def _unmasked(
     window: int | None,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """Return the attention of one block over at most three runs of slots, all of them seen by every row."""
+    """Return the attention of one block over at most three runs of slots, all seen by every row."""
     size = k_cache.shape[1]
     ring = size - sink
     first = max(sink, length - min(ring, ring if window is None else window))

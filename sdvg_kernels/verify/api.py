@@ -1,4 +1,4 @@
-"""`route_blocks`: which drafted blocks are kept, from the rewards of their frames, on the device."""
+"""`route_blocks`: which drafted blocks are kept, by the rewards of their frames, on the device."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from sdvg_kernels.verify import reference
 
 _OP = "route_blocks"
 AGGREGATES = ("min", "mean")
+_value = functools.partial(require, _OP)
+_type = functools.partial(require_dtype, _OP)
 
 
 def route_blocks(
@@ -24,10 +26,11 @@ def route_blocks(
     return_score: bool = False,
     implementation: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Accept a drafted block when its worst (or mean) frame reward reaches `tau` and it is not a first block.
+    """Accept a drafted block whose worst (or mean) frame reward reaches `tau`, unless it is first.
 
-    Equals `(frame_rewards.float().amin(1) >= tau) & ~first` with `tau` rounded to float32. A NaN reward makes the
-    score NaN, and a NaN score is rejected. The mean is summed in float64 and rounded once.
+    Equals `(frame_rewards.float().amin(1) >= tau) & ~first` with `tau` rounded to float32. A NaN
+    reward makes the score NaN, and a NaN score is rejected. The mean is summed in float64 and
+    rounded once.
 
     Args:
         frame_rewards: [B, F] floating, any strides, `F >= 1`.
@@ -41,38 +44,25 @@ def route_blocks(
         accept [B] bool on the device; with `return_score`, (accept, score [B] float32).
 
     Raises:
-        ValueError (shape, value), TypeError (dtype), NotImplementedError (an implementation that cannot run here).
+        ValueError (shape, value), TypeError (dtype), NotImplementedError (cannot run here).
 
     Deterministic; no host synchronisation; safe in a CUDA graph.
     Source: SDVG, worst-frame aggregation and forced rejection of the first block.
     """
-    require(
-        frame_rewards.dim() == 2 and frame_rewards.shape[1] > 0,
-        _OP,
-        "frame_rewards",
-        "be [B, F] with at least one frame",
-        frame_rewards.shape,
-    )
-    require_dtype(
-        frame_rewards.is_floating_point(),
-        _OP,
-        "frame_rewards",
-        "be floating",
-        frame_rewards.dtype,
-    )
-    require(not math.isnan(tau), _OP, "tau", "be a number", tau)
-    require(aggregate in AGGREGATES, _OP, "aggregate", "be 'min' or 'mean'", repr(aggregate))
+    shape = frame_rewards.shape
+    good = len(shape) == 2 and shape[1] > 0
+    _value(good, "frame_rewards", "be [B, F] with at least one frame", shape)
+    dtype = frame_rewards.dtype
+    _type(dtype.is_floating_point, "frame_rewards", "be floating", dtype)
+    _value(not math.isnan(tau), "tau", "be a number", tau)
+    _value(aggregate in AGGREGATES, "aggregate", "be 'min' or 'mean'", repr(aggregate))
+    device = frame_rewards.device
     if isinstance(first, torch.Tensor):
-        require_dtype(first.dtype == torch.bool, _OP, "first", "be bool", first.dtype)
-        require(
-            first.shape == frame_rewards.shape[:1] and first.device == frame_rewards.device,
-            _OP,
-            "first",
-            "be [B] on the device of frame_rewards",
-            first.shape,
-        )
-    device = frame_rewards.device.type
-    chosen = require_implementation(_OP, implementation, _available(device), f"on {device} tensors")
+        _type(first.dtype == torch.bool, "first", "be bool", first.dtype)
+        _value(first.shape == shape[:1], "first", "be [B]", first.shape)
+        _value(first.device == device, "first", "be on frame_rewards' device", first.device)
+    available = _available(device.type)
+    chosen = require_implementation(_OP, implementation, available, f"{device.type} tensors")
     per_sequence = isinstance(first, torch.Tensor)
     accept, score = torch.ops.sdvg_kernels.route_blocks(
         frame_rewards,
@@ -95,7 +85,7 @@ def _available(device: str) -> dict[str, str]:
 
 
 def implementations() -> dict[str, str]:
-    """Return implementation -> "" or why it is not available, in order of preference on this machine."""
+    """Return implementation -> "" or why it is not available here, by preference."""
     if torch.cuda.is_available():
         return dict(_available("cuda"))
     return {"triton": "no CUDA device is available", "reference": ""}

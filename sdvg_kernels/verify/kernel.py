@@ -1,9 +1,13 @@
 """`route_blocks` in Triton: one program reduces the frame rewards of BB sequences and decides.
 
-    score[b] = min_f reward[b, f]  or  mean_f reward[b, f]        accept[b] = score[b] >= tau and not first[b]
+    score[b] = min_f reward[b, f]  or  mean_f reward[b, f]
+    accept[b] = score[b] >= tau and not first[b]
 
 Layout: frame_rewards [B, F], first, accept and score [B].
 """
+
+# a Triton kernel's arguments have no Python types
+# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def route_blocks(
     all_first: bool,
     aggregate: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (accept [B] bool, score [B] float32): NaN anywhere in a row makes its score NaN, and rejects it."""
+    """Return (accept [B] bool, score [B] float32); a NaN in a row makes its score NaN: rejected."""
     if aggregate == "min":
         score = frame_rewards.float().amin(1)
     else:

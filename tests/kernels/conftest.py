@@ -1,4 +1,4 @@
-"""What the tests of the Python-launched ops share: each runs in every lane that this machine has."""
+"""What tests of the Python-launched ops share: each runs in every lane of this machine."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 
 @pytest.fixture
 def random(request: pytest.FixtureRequest) -> torch.Generator:
-    """A generator seeded by the test's own name: inputs differ from test to test, not from run to run."""
+    """A generator seeded by the test's name: inputs differ between tests, not between runs."""
     seed = sum(ord(letter) * 31**i for i, letter in enumerate(request.node.name)) % 2**31
     return torch.Generator().manual_seed(seed)

@@ -122,7 +122,7 @@ def test_opcheck() -> None:
         (
             {"first": torch.zeros(2, dtype=torch.bool)},
             ValueError,
-            "first must be [B] on the device of frame_rewards, got [2]",
+            "first must be [B], got [2]",
         ),
         (
             {"implementation": "cuda"},
