@@ -75,22 +75,26 @@ def shapes(cpu: bool, quick: bool) -> list[Shape]:
             Shape(1, 1, 2, 50, 50, dim=64),
         ]
     keys = (4680, 32760) if quick else (4680, 9360, 18720, 32760)
-    steady = [Shape(1, BLOCK, heads, s, s, flex=True) for heads in (12, 40) for s in keys]
+    steady = [
+        Shape(1, BLOCK, heads, s, s, flex=s == 32760 or (heads == 12 and s != 9360))
+        for heads in (12, 40)
+        for s in keys
+    ]
     # a sink of one block and a window of four, wrapped; the ring has one block to spare
     ring = {"slots": 6 * BLOCK, "length": 8 * BLOCK + FRAME, "sink": BLOCK, "window": 4 * BLOCK}
-    wrapped = [Shape(1, BLOCK, heads, **ring, flex=True) for heads in (12, 40)]
+    wrapped = [Shape(1, BLOCK, heads, **ring, flex=heads == 12) for heads in (12, 40)]
     # the lazy commit: three pending blocks in one pass
     pending = [
-        Shape(1, 3 * BLOCK, heads, 32760, 32760, window=18720, blocks=3, flex=True)
+        Shape(1, 3 * BLOCK, heads, 32760, 32760, window=18720, blocks=3, flex=heads == 12)
         for heads in (12, 40)
     ]
     small = [
-        Shape(1, rows, heads, 16384, 16384, flex=rows == 16)
+        Shape(1, rows, heads, 16384, 16384, flex=(rows, heads) == (16, 12))
         for heads in (12, 40)
         for rows in ((1, 16) if quick else (1, 4, 16, 64))
     ]
     batched = [Shape(2, BLOCK, heads, s, s) for heads in (12, 40) for s in keys]
-    narrow = [Shape(1, BLOCK, 24, s, s, dim=64, flex=True) for s in (18720,)]
+    narrow = [Shape(1, BLOCK, 24, 18720, 18720, dim=64, flex=True)]
     return steady + wrapped + small + narrow + pending + batched
 
 

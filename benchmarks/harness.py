@@ -265,9 +265,9 @@ class Bench:
         return 1 if self.failed else 0
 
     def _free(self) -> None:
-        """Give back what a case held: gigabytes."""
-        gc.collect()
+        """Give back what a case held: gigabytes of a GPU."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _run_case(self, case: Case) -> None:

@@ -1,4 +1,4 @@
-"""The harness refuses what was not verified; every benchmark runs on a CPU, small and unrecorded."""
+"""The harness refuses what was not verified; all benchmarks run on a CPU, small and unrecorded."""
 
 from __future__ import annotations
 
