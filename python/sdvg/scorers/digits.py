@@ -29,6 +29,7 @@ class FrameNet(nn.Module):
         self.head = nn.Linear(4 * width, outputs)
 
     def forward(self, frames: Tensor) -> Tensor:
+        """Return logits ``[n, outputs]`` of grey frames ``[n, 32, 32]``."""
         x = frames[:, None]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.silu(norm(layer(x)))
@@ -53,6 +54,7 @@ class DigitsReward(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward of each frame; ValueError for shapes that do not fit each other."""
         if frames.ndim != 5 or frames.shape[2] != 3:
             raise ValueError(
                 f"digits_reward: frames must be [B, N, 3, H, W], got {tuple(frames.shape)}"

@@ -27,6 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Change all parameters by one update from their gradients."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

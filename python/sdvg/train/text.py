@@ -65,6 +65,7 @@ class Reader(nn.Module):
         self.heads = nn.Linear(DIM, 11 + 9 + 3)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the logits of digit, direction and speed for tokens ``[n, length]``."""
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return self.heads(pooled).split((11, 9, 3), -1)
