@@ -158,7 +158,7 @@ def _loop(bench: Bench, shape: tuple[int, int, int, int], batch: int) -> Case:
 
 def _wan(bench: Bench, drafter: Size, target: Size, height: int, width: int) -> Case:
     """Return the loop on random Wan transformers and a random VAE of the real classes."""
-    _require_diffusers()
+    _require("diffusers")
     from diffusers import AutoencoderKLWan
 
     from sdvg.models.vae import StreamingVAE
@@ -221,7 +221,7 @@ def _made(
 
 def _embedded(bench: Bench) -> Case:
     """Return the loop on the pair that is shipped."""
-    _require_diffusers()
+    _require("diffusers", "transformers")
     from sdvg.models import embedded
 
     pair = embedded.load(device=bench.device)
@@ -289,9 +289,10 @@ def _generation(
     )
 
 
-def _require_diffusers() -> None:
-    if importlib.util.find_spec("diffusers") is None:
-        raise Unavailable("diffusers is not installed, and the models are its classes")
+def _require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed, and the models are its classes")
 
 
 if __name__ == "__main__":
