@@ -144,18 +144,30 @@ struct CompactRows {
     const int64_t b = sequences[i];
     const int32_t start = ring.start(sequences.length(b));
     Vec* const staged = reinterpret_cast<Vec*>(shared);
-    for (uint32_t e = at.thread; e < path_length << columns_log2; e += kThreads) {
-      const uint32_t p = e >> columns_log2;
-      const uint32_t column = (at.block.x << columns_log2) + (e & ((1u << columns_log2) - 1));
-      const int32_t from = path[i * path_stride + p];
-      if (column >= row_vectors || from < 0 || from == static_cast<int32_t>(p)) continue;
-      SDVG_DEVICE_CHECK(from < ring.size, "path must stay within the ring");
-      const int32_t place = start + (kPhase == 0 ? from : static_cast<int32_t>(p));
-      uint8_t* const row = cache[side].row(layer, b, ring.wrap(place)) + column * sizeof(Vec);
-      if constexpr (kPhase == 0)
-        staged[e] = load<Vec>(row);
-      else
-        store(row, staged[e]);
+    const uint32_t size = path_length << columns_log2;
+    for (uint32_t first = at.thread; first < size; first += kThreads * kUnroll) {
+      Vec vec[kUnroll];
+      uint8_t* row[kUnroll];
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j) {
+        const uint32_t e = first + j * kThreads, p = e >> columns_log2;
+        const uint32_t column = (at.block.x << columns_log2) + (e & ((1u << columns_log2) - 1));
+        const int32_t from = e < size && column < row_vectors ? path[i * path_stride + p] : -1;
+        row[j] = nullptr;
+        if (from < 0 || from == static_cast<int32_t>(p)) continue;
+        SDVG_DEVICE_CHECK(from < ring.size, "path must stay within the ring");
+        const int32_t place = start + (kPhase == 0 ? from : static_cast<int32_t>(p));
+        row[j] = cache[side].row(layer, b, ring.wrap(place)) + column * sizeof(Vec);
+        vec[j] = kPhase == 0 ? load<Vec>(row[j]) : staged[e];
+      }
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j) {
+        if (row[j] == nullptr) continue;
+        if constexpr (kPhase == 0)
+          staged[first + j * kThreads] = vec[j];
+        else
+          store(row[j], vec[j]);
+      }
     }
   }
 };

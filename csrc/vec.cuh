@@ -9,11 +9,10 @@
 
 namespace sdvg {
 
-// rows are read once and written once: they pass by L1
 template <class Vec>
 __host__ __device__ __forceinline__ Vec load(const uint8_t* from) {
 #ifdef __CUDA_ARCH__
-  return __ldcg(reinterpret_cast<const Vec*>(from));
+  return *reinterpret_cast<const Vec*>(from);
 #else
   Vec vec;
   std::memcpy(&vec, from, sizeof vec);
@@ -24,7 +23,7 @@ __host__ __device__ __forceinline__ Vec load(const uint8_t* from) {
 template <class Vec>
 __host__ __device__ __forceinline__ void store(uint8_t* to, Vec vec) {
 #ifdef __CUDA_ARCH__
-  __stcg(reinterpret_cast<Vec*>(to), vec);
+  *reinterpret_cast<Vec*>(to) = vec;
 #else
   std::memcpy(to, &vec, sizeof vec);
 #endif

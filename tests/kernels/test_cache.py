@@ -50,10 +50,15 @@ CASES = [
 ORDERS = {"host": 0, "host-backward": 1, "host-shuffled": 2}
 
 
-@pytest.fixture(params=["reference", *ORDERS, pytest.param("cuda", marks=pytest.mark.gpu)])
+GPU_LANES = {"cuda": "cuda", "reference-cuda": "reference"}
+
+
+@pytest.fixture(
+    params=["reference", *ORDERS, *(pytest.param(n, marks=pytest.mark.gpu) for n in GPU_LANES)]
+)
 def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
-    if request.param == "cuda":
-        yield Lane("cuda", "cuda")
+    if request.param in GPU_LANES:
+        yield Lane(GPU_LANES[request.param], "cuda")
     elif request.param == "reference":
         yield Lane("reference", "cpu")
     elif host_lane_missing():
@@ -427,29 +432,29 @@ def test_opcheck_passes(op: str, namespace: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_with_new_decisions() -> None:
+@pytest.mark.parametrize("implementation", ["cuda", "reference"])
+def test_a_captured_graph_replays_with_new_decisions(implementation: str) -> None:
     case = CASES[2]
-    world = World(case, Lane("cuda", "cuda"))
+    world = World(case, Lane(implementation, "cuda"))
     before = world.k.clone(), world.v.clone()
     path = torch.tensor([[1, 2], [0, -1]], dtype=torch.int32, device="cuda")
     draft, other = torch.randn(2, 9, device="cuda"), torch.randn(2, 9, device="cuda")
 
-    def step() -> None:
-        world.stage()
-        sdvg_kernels.rollback_(
-            world.k, world.v, world.lengths, world.accept, world.undo, sink=case.sink
-        )
-        sdvg_kernels.commit_(world.lengths, world.accept, case.tokens)
-        sdvg_kernels.compact_(world.k, world.v, world.lengths, path, sink=case.sink)
-        sdvg_kernels.select_(world.accept, [draft], [other])
+    def step(here: World, path: torch.Tensor, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        how, ring = {"implementation": here.lane.implementation}, here.arguments()
+        here.stage()
+        sdvg_kernels.rollback_(here.k, here.v, here.lengths, here.accept, here.undo, **ring)
+        sdvg_kernels.commit_(here.lengths, here.accept, case.tokens, **how)
+        sdvg_kernels.compact_(here.k, here.v, here.lengths, path, **ring)
+        sdvg_kernels.select_(here.accept, [mine], [theirs], **how)
 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        step(world, path, draft, other)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            step(world, path, draft, other)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for accept in ([True, False], [False, False], [False, True]):
@@ -457,18 +462,18 @@ def test_a_captured_graph_replays_with_new_decisions() -> None:
         world.v.copy_(before[1])
         world.lengths.copy_(torch.tensor(world.starts))
         world.accept.copy_(torch.tensor(accept))
+        draft.normal_()
         twin = World(case, Lane("reference", "cpu"))
-        twin.k, twin.v = world.k.cpu(), world.v.cpu()
-        twin.key, twin.value = world.key.cpu(), world.value.cpu()
-        twin.lengths, twin.accept = world.lengths.cpu(), world.accept.cpu()
+        twin.k, twin.v, twin.key, twin.value, twin.lengths, twin.accept = (
+            x.cpu() for x in (world.k, world.v, world.key, world.value, world.lengths, world.accept)
+        )
+        expected = draft.cpu()
         graph.replay()
-        twin.stage()
-        sdvg_kernels.rollback_(twin.k, twin.v, twin.lengths, twin.accept, twin.undo, sink=case.sink)
-        sdvg_kernels.commit_(twin.lengths, twin.accept, case.tokens)
-        sdvg_kernels.compact_(twin.k, twin.v, twin.lengths, path.cpu(), sink=case.sink)
+        step(twin, path.cpu(), expected, other.cpu())
         assert_same_bits(world.k.cpu(), twin.k)
         assert_same_bits(world.v.cpu(), twin.v)
         assert torch.equal(world.lengths.cpu(), twin.lengths)
+        assert torch.equal(draft.cpu(), expected)
 
 
 def test_broken_preconditions_stop_the_host_lane() -> None:
