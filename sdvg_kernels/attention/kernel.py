@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._check import message
 from sdvg_kernels.attention import config
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -378,6 +379,12 @@ def block_causal_attention(
     if out.numel() == 0:
         return out, lse
     launch = config.choose(_capability(query.device), dim, query.dtype, rows, bias is not None)
+    # offsets within a tile are 32 bits wide
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        stride = cache.stride(1)
+        if stride * launch.BS >= 2**31:
+            rule = f"have a slot stride below {2**31 // launch.BS} for Triton"
+            raise NotImplementedError(message("block_causal_attention", name, rule, stride))
     tiles = batch * heads * triton.cdiv(rows, launch.BT)
     if num_splits is None:
         seen = size if window is None else min(size, sink + window + rows)
@@ -476,7 +483,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield every shipped configuration for `arch`, plain and with every feature on."""
+    """Yield every shipped configuration for `arch`: plain, and a split with every feature on."""
     stride = ("stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_ks", "stride_kh")
     stride += ("stride_vb", "stride_vs", "stride_vh", "stride_ob", "stride_ot", "stride_oh")
     stride += ("stride_on",)
@@ -497,8 +504,10 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 kernel=attention_kernel,
                 arch=arch,
                 config=f"D{dim} {name} BT{launch.BT} BS{launch.BS}"
-                + (" bias lse idx" if full else ""),
-                signature=types | dict.fromkeys(("query", "k_cache", "v_cache", "out"), f"*{name}"),
+                + (" split bias lse idx" if full else ""),
+                signature=types
+                | dict.fromkeys(("query", "k_cache", "v_cache"), f"*{name}")
+                | {"out": "*fp32" if full else f"*{name}"},
                 constants={
                     "GROUP": 1,
                     "D": dim,
@@ -511,7 +520,8 @@ def compilations(arch: int) -> Iterator[Compilation]:
                     "BIAS_TO_BLOCK": full,
                     "UPCAST_DOT": False,
                 }
-                | ({} if full else {"cache_batch_idx": None}),
+                # a launch makes a constant of an integer that is 1
+                | ({} if full else {"cache_batch_idx": None, "num_splits": 1, "B": 1}),
                 divisible=(*tensors, *stride),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,

@@ -492,6 +492,16 @@ def test_an_implementation_asked_for_never_falls_back() -> None:
         )
 
 
+def test_a_slot_stride_that_overflows_a_tile_is_refused(random: torch.Generator) -> None:
+    if api.triton_reason("cpu"):
+        pytest.skip(api.triton_reason("cpu"))
+    query, lengths = torch.zeros(1, 1, 1, 64), torch.ones(1, dtype=torch.int32)
+    cache = torch.zeros(64).as_strided((1, 1, 1, 64), (2**27, 2**27, 64, 1))
+    text = "k_cache must have a slot stride below 134217728 for Triton, got 134217728"
+    with pytest.raises(NotImplementedError, match=text):
+        block_causal_attention(query, cache, cache, lengths, implementation="triton")
+
+
 def test_every_head_dim_and_dtype_is_served() -> None:
     for device in ("cpu", "cuda"):
         for dim in (1, 24, 64, 128, 256):
@@ -548,16 +558,20 @@ def test_shipped_configurations_are_exact_on_the_gpu(
 
 
 @pytest.mark.gpu
-def test_offsets_past_2_to_the_31_are_read_right(random: torch.Generator) -> None:
-    case = Case((64,), 16, 64)
+@pytest.mark.parametrize("far", ["batch", "slot"])
+def test_offsets_past_2_to_the_31_are_read_right(far: str, random: torch.Generator) -> None:
+    case = Case((140,), 16, 140)
     inputs = make(case, random, GPU, torch.bfloat16)
-    # the second sequence begins 2^31 elements on: 9 GB for the two caches
-    stride = 2**31 // (2 * 64) + 64
-    caches = []
-    for small in inputs.cache[:2]:
-        cache = torch.empty(2, stride, 2, 64, dtype=torch.bfloat16, device="cuda")
-        cache[1, -64:] = small[0]
-        caches.append(cache[:, -64:])
+    # K and V share 5 GB: the second sequence, or the last slots, are 2^31 elements on
+    token = 2 * 64
+    slot = 2**24 if far == "slot" else 2 * token
+    start = 2**31 if far == "batch" else 0
+    memory = torch.empty(start + 140 * slot, dtype=torch.bfloat16, device="cuda")
+    caches = [
+        memory.as_strided((2, 140, 2, 64), (start, slot, 64, 1), offset) for offset in (0, token)
+    ]
+    for cache, small in zip(caches, inputs.cache[:2], strict=True):
+        cache[1].copy_(small[0])
     order = torch.tensor([1], dtype=torch.int32, device="cuda")
     out = block_causal_attention(
         inputs.query,
