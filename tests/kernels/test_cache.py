@@ -452,11 +452,11 @@ def test_a_captured_graph_replays_with_new_decisions(implementation: str) -> Non
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(world, path, draft, other)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step(world, path, draft, other)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(world, path, draft, other)
     for accept in ([True, False], [False, False], [False, True]):
         world.k.copy_(before[0])
         world.v.copy_(before[1])
