@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -244,15 +244,17 @@ def _paths(out: Path, count: int) -> list[Path]:
 def _load(args: argparse.Namespace) -> EmbeddedPair:
     from sdvg.models import embedded
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads: must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    if args.threads < 1:
+        raise ValueError(f"threads: must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: {device} needs an NVIDIA GPU and a CUDA build of torch, got none"
-        )
+        raise ValueError(f"device: {device} needs a GPU and a CUDA build of torch, got none")
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        # its bar for weights that load in a moment
+        logging.disable_progress_bar()
     return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
 
 
@@ -319,7 +321,8 @@ def parser() -> argparse.ArgumentParser:
     add("--drafter-cache", default="own", help="own (its own drafts) or synced (the final blocks)")
     add("--blocks", type=int, default=9)
     add("--seed", type=int, default=0)
-    add("--threads", type=int, help="CPU threads of torch; fewer where other work has the cores")
+    # the embedded models are too small for more, and threads that wait for each other slow them
+    add("--threads", type=int, default=1, help="CPU threads of torch")
 
     new = commands.add_parser("generate", parents=[common, models], help="make videos")
     add = new.add_argument

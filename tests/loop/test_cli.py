@@ -185,6 +185,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--schedule fast", f"schedule: preset must be one of {PRESETS}, got 'fast'"),
         ("--commit late", "commit must be 'lazy', 'eager' or Recompute(n), got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),
+        ("--threads 0", "threads: must be at least 1, got 0"),
         ("--fps 0", "video: fps must be at least 1, got 0"),
         ("--out a.gif", "output: --out must end in .mp4, got a.gif"),
         ("--out no/a.mp4", "output: the folder no does not exist; create it first"),
@@ -307,7 +308,7 @@ def test_gpu_that_is_not_there_is_one_sentence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert refuse(capsys, tmp_path, lambda: generate("--device", "cuda")) == (
-        "sdvg: device: cuda needs an NVIDIA GPU and a CUDA build of torch, got none"
+        "sdvg: device: cuda needs a GPU and a CUDA build of torch, got none"
     )
 
 

@@ -75,9 +75,9 @@ def load(
             return cls.from_config(cls.load_config(folder / part))
 
         _check(path, build)
-        model = cls.from_pretrained(folder / part, dtype=dtype, low_cpu_mem_usage=False)
-        # diffusers keeps some modules in float32 where a pair in float64 needs them wide too
-        return model.to(device, dtype)
+        model = cls.from_pretrained(folder / part, dtype=dtype)
+        # diffusers keeps some modules in float32, where a pair in float64 needs them wide too
+        return model.to(device, dtype) if dtype == torch.float64 else model.to(device)
 
     def text_encoder() -> TextEncoder:
         from transformers import UMT5Config
