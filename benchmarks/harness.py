@@ -352,7 +352,7 @@ class Bench:
         return max(bounds, default=None)
 
     def _measure_limits(self) -> dict[str, float]:
-        """Measure a large copy, a large bf16 product (random data) and a launch of next to nothing."""
+        """Measure a large copy, a bf16 product (random data) and a launch of next to nothing."""
         cuda, device = self.device.type == "cuda", self.device
         size = 1 << 23
         if cuda:
