@@ -64,6 +64,15 @@ def gencode(archs: str, known: str) -> list[str]:
     return flags
 
 
+def find_ninja() -> str | None:
+    """Return ninja's path: the Python package's, then the PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return os.path.join(BIN_DIR, "ninja")
+
+
 def missing() -> str:
     """Return why the extension cannot be built here, or ""."""
     if os.environ.get("SDVG_SKIP_CUDA_BUILD") == "1":
@@ -74,6 +83,8 @@ def missing() -> str:
         import torch  # noqa: F401
     except ImportError:
         return "torch is not importable (install it first, then use --no-build-isolation)"
+    if find_ninja() is None:
+        return "ninja was not found (pip install ninja)"
     return ""
 
 
@@ -91,8 +102,10 @@ class BuildExtension(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths
 
-        nvcc = find_nvcc()
+        nvcc, ninja = find_nvcc(), find_ninja()
+        # `missing` has found both
         assert nvcc is not None
+        assert ninja is not None
         root = cuda_root(nvcc)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -164,7 +177,7 @@ class BuildExtension(build_ext):
         (build / "build.ninja").write_text("ninja_required_version = 1.5\n" + "\n".join(rules))
 
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        ran = subprocess.run([*ninja(), "-C", build, *jobs], stdout=subprocess.PIPE, text=True)
+        ran = subprocess.run([ninja, "-C", build, *jobs], stdout=subprocess.PIPE, text=True)
         print(ran.stdout, end="", flush=True)
         if ran.returncode:
             raise CompileError(f"sdvg_kernels._C did not compile; the compiler says:\n{ran.stdout}")
@@ -173,17 +186,6 @@ class BuildExtension(build_ext):
         # aside and renamed: a process that has the old one loaded keeps it
         shutil.copy2(build / "_C.so", partial := target.with_suffix(".partial"))
         os.replace(partial, target)
-
-
-def ninja() -> list[str]:
-    """Return the command that runs ninja: the Python package's, or the one on the PATH."""
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        if found := shutil.which("ninja"):
-            return [found]
-        raise SetupError("building sdvg_kernels._C needs ninja: pip install ninja") from None
-    return [os.path.join(BIN_DIR, "ninja")]
 
 
 def extensions() -> list[Extension]:
