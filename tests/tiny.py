@@ -55,9 +55,7 @@ def tiny_wan(
     if dtype != torch.float32:
         transformer.to(dtype)
     options = {"sink_frames": 3, "window_frames": 6} | options
-    return CausalWan(
-        transformer, encode, height=HEIGHT, width=WIDTH, frames=FRAMES, **options
-    )
+    return CausalWan(transformer, encode, height=HEIGHT, width=WIDTH, frames=FRAMES, **options)
 
 
 def tiny_vae(dtype: torch.dtype = torch.float32) -> StreamingVAE:
@@ -88,7 +86,7 @@ def tiny_pair(dtype: torch.dtype = torch.float32, **options: object) -> TinyPair
 
 
 class BrightnessScorer:
-    """Rewards that follow the pixels alone; a random VAE's worst frames spread over about [-0.5, 2]."""
+    """Rewards that follow the pixels alone; worst frames of a random VAE: about [-0.5, 2]."""
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         return ((frames.double().mean(dim=(2, 3, 4)) - 0.5) * 1000).float()
@@ -100,7 +98,7 @@ TAU = 0.25
 
 @contextmanager
 def float64_norms() -> Iterator[None]:
-    """Let diffusers' Wan keep float64: its norms and modulation call `.float()`, which would round to float32."""
+    """Let diffusers' Wan keep float64, which its norms and modulation would round to float32."""
     narrow = torch.Tensor.float
 
     def keep(self: Tensor) -> Tensor:

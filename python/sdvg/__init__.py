@@ -1,4 +1,4 @@
-"""Speculative generation for block-autoregressive video models: a drafter proposes, a router decides, a target repairs."""
+"""Speculative generation of video, block by block: draft, score, route, repair."""
 
 from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation

@@ -22,7 +22,8 @@ class KVCache:
 
     Attributes:
         lengths: int32 `[B]` on the device, committed tokens of each sequence.
-        capacity: the most tokens that one `stage` may write without overwriting what its first block still sees.
+        capacity: the most tokens that one `stage` may write without overwriting what its first
+            block still sees.
 
     Raises:
         ValueError: the window is shorter than a block, or the ring is too small for one block.
@@ -58,14 +59,14 @@ class KVCache:
         self._all = torch.ones(batch, dtype=torch.bool, device=device)
 
     def seek(self, tokens: int, rows: Tensor | None = None) -> None:
-        """Set the committed length of the sequences `rows` (int64 `[b]`, None: all); no bytes move."""
+        """Set the committed length of sequences `rows` (int64 `[b]`, None: all); no bytes move."""
         if rows is None:
             self.lengths.fill_(tokens)
         else:
             self.lengths.index_fill_(0, rows, tokens)
 
     def stage(self, layer: int, key: Tensor, value: Tensor, rows: Tensor | None = None) -> None:
-        """Write `[b, T, H, D]` behind the committed tokens of `rows` (int32 `[b]`); lengths stay."""
+        """Write `[b, T, H, D]` behind what is committed of `rows` (int32 `[b]`); lengths stay."""
         one = slice(layer, layer + 1)
         stage_(
             self.k[one], self.v[one], key[None], value[None], self.lengths,

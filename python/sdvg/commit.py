@@ -48,10 +48,10 @@ class CachedModel:
         blocks: Sequence[Tensor] | Mapping[int, Tensor],
         clock: Clock,
     ) -> int:
-        """Bring the cache of `rows` up to block `index`; return the latent frame at which that block sits in it.
+        """Bring the cache of `rows` up to block `index`; return the frame where that block sits.
 
-        All pending blocks of a sequence go through the model in one multi-block clean pass. Those that can no longer
-        change what `index` sees, through any number of layers, are left out.
+        All pending blocks of a sequence go through the model in one multi-block clean pass. Those
+        that can no longer change what `index` sees, through any number of layers, are left out.
         """
         size, _, _, _ = self.model.block_shape
         if isinstance(self.policy, Recompute):
@@ -79,7 +79,7 @@ class CachedModel:
         seed: int,
         sequences: tuple[int, ...],
     ) -> Tensor:
-        """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise that is keyed by it."""
+        """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise keyed by it."""
         model, shape = self.model, self.model.block_shape
         wide = torch.promote_types(model.dtype, torch.float32)
         ids = sequences if rows is None else tuple(sequences[row] for row in rows.tolist())

@@ -1,4 +1,4 @@
-"""The SDVG loop: a drafter proposes a block, a router decides, the target repairs (arXiv 2604.17397, section 3)."""
+"""The SDVG loop: draft a block, score it, route it, repair it (arXiv 2604.17397, section 3)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from sdvg.types import (
 class SDVG:
     """Block-autoregressive video generation by speculation.
 
-    For each block the drafter denoises from the block's noise, the decoder turns latents to frames, the scorer
-    scores them and the router gives a verdict per sequence. Accepted latents are the target's too; for the rejected
-    sequences the target denoises the same noise and the decoder goes on from its state before the draft.
+    For each block the drafter denoises from the block's noise, the decoder turns latents to
+    frames, the scorer scores them and the router gives a verdict per sequence. Accepted latents
+    are the target's too; for the rejected sequences the target denoises the same noise and the
+    decoder goes on from its state before the draft.
 
     Args:
-        drafter, target: `CausalModel`s with equal `block_shape`. Without a target every draft is kept; without a
+        drafter, target: `CausalModel`s with equal `block_shape`. Without a target every draft is
+            kept; without a
             drafter the target makes every block.
         decoder: latents to frames.
         scorer: frames to rewards; needed by routers that look at them.
@@ -40,11 +42,15 @@ class SDVG:
         schedule: denoising steps of the target, a `Schedule` or the name of a preset.
         drafter_schedule: the drafter's, by default the same.
         force_first: let the target make block 0 whatever the router says (the paper does).
-        commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass, when the target is
-            next needed, without blocks that can no longer change its output; "eager": at once, one pass a block;
-            `Recompute(n)`: nothing is kept, the last n latents are written anew before each target block.
-        drafter_cache: "own": the drafter goes on from its own drafts (the paper); "synced": from the final blocks.
-        run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU it then runs on a
+        commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass,
+            when the target is
+            next needed, without blocks that can no longer change its output; "eager": at once, one
+            pass a block; `Recompute(n)`: nothing is kept, the last n latents are written anew
+            before each target block.
+        drafter_cache: "own": the drafter goes on from its own drafts (the paper); "synced": from
+            the final blocks.
+        run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU
+            it then runs on a
             stream of its own. The output is the same.
 
     Raises:
@@ -85,8 +91,8 @@ class SDVG:
     ) -> Generation:
         """Return an iterator over `num_blocks` blocks of one video for each prompt.
 
-        `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a video is the same
-        alone and in any batch. The models hold one generation at a time.
+        `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a
+        video is the same alone and in any batch. The models hold one generation at a time.
 
         Raises ValueError for no prompt, an empty prompt, or fewer than one block.
         """
@@ -123,10 +129,11 @@ class SDVG:
 
 
 class Generation(Iterator[Block]):
-    """The loop itself: `next` gives a block as soon as it is final, `summary` says how it went so far.
+    """The loop itself: `next` gives a block as soon as it is final, `summary` says how it went.
 
-    A block counts in one step at its end and all that leads there may be done twice, so an interrupt in the middle of
-    a block loses nothing: the next `next` makes that block again, bit for bit.
+    A block counts in one step at its end and all that leads there may be done twice, so an
+    interrupt in the middle of a block loses nothing: the next `next` makes that block again, bit
+    for bit.
     """
 
     def __init__(
@@ -209,6 +216,7 @@ class Generation(Iterator[Block]):
                 state = sdvg.decoder.select(state, repaired_state, rows)
         if frames is None:
             frames, state = self._decode(latents, before)
+        _require_finite(frames, "decoder", "decode", index)
 
         seconds = self._clock.end()
         self._states[index + 1] = state
@@ -219,7 +227,9 @@ class Generation(Iterator[Block]):
         return Block(index, frames, latents, verdicts, seconds)
 
     def summary(self, target_only_seconds: float | None = None) -> Stats:
-        """Return what happened so far; `target_only_seconds`, the measured time of the same blocks made by the
+        """Return what happened so far.
+
+        `target_only_seconds`, the measured time of the same blocks made by the
         target alone, turns the speed-up from predicted into measured."""
         clock = self._clock
         decided = [v.accepted for row in self.verdicts for v in row if v.reason == "router"]
@@ -293,7 +303,7 @@ class Generation(Iterator[Block]):
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_event(self._drawn[index])
             draft.record_stream(torch.cuda.current_stream(device))
-        self._require_finite(draft, index, "drafter")
+        _require_finite(draft, "drafter", "draft", index)
         return draft.to(self._device)
 
     def _repair(self, index: int, rows: Tensor | None) -> Tensor:
@@ -303,7 +313,7 @@ class Generation(Iterator[Block]):
         batch = len(self.prompts) if rows is None else len(rows)
         with self._clock.stage("target", batch, target.model.device):
             latents = target.denoise(index, rows, start, self.seed, self.sequences)
-        self._require_finite(latents, index, "target")
+        _require_finite(latents, "target", "target", index)
         return latents
 
     def _decode(self, latents: Tensor, state: object) -> tuple[Tensor, object]:
@@ -339,10 +349,6 @@ class Generation(Iterator[Block]):
         both = torch.stack([accept.to(score), score]).tolist()
         return tuple(Verdict(bool(kept), value, reason) for kept, value in zip(*both, strict=True))
 
-    def _require_finite(self, latents: Tensor, index: int, model: str) -> None:
-        if not torch.isfinite(latents).all():
-            raise RuntimeError(f"sdvg: the {model} returned latents that are not finite at block {index}")
-
     @property
     def _device(self) -> torch.device:
         """Where finished latents lie: with the model that repairs."""
@@ -352,3 +358,10 @@ class Generation(Iterator[Block]):
 def needs_score(router: Router) -> bool:
     """Return whether `router` looks at rewards; a plain callable does."""
     return getattr(router, "needs_score", True)
+
+
+def _require_finite(tensor: Tensor, part: str, stage: str, index: int) -> None:
+    if not torch.isfinite(tensor).all():
+        raise RuntimeError(
+            f"sdvg: the {part} returned values that are not finite at block {index}, stage {stage}"
+        )

@@ -1,7 +1,8 @@
-"""Noise keyed by (seed, sequence, block, step), never by call order: what ran before leaves no trace.
+"""Noise keyed by (seed, sequence, block, step): what ran before leaves no trace.
 
-Drawn on the CPU from a counter-based generator (Philox 4x64; Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011), so that a video is the same on every device and every batch size.
+Drawn on the CPU from a counter-based generator (Philox 4x64; Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011), so that a video is the same on every device and every batch
+size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ ROUTER_STREAM = 2**32
 
 
 def _generator(seed: int, sequence: int, block: int, stream: int) -> numpy.random.Generator:
-    # the low counter word counts draws, the others name the stream; a negative seed wraps like a C cast
+    # the low counter word counts draws, the others name the stream; a negative seed wraps
+    # like a C cast
     counter = [0, stream, block, sequence]
     return numpy.random.Generator(numpy.random.Philox(counter=counter, key=[seed % 2**64, 0]))
 

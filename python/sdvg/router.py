@@ -15,7 +15,7 @@ from sdvg_kernels import route_blocks
 
 @dataclass(frozen=True)
 class Reward:
-    """Keep a draft whose worst frame (or mean frame) scores at least `tau` (SDVG, arXiv 2604.17397, section 3)."""
+    """Keep a draft whose worst frame (or mean frame) scores at least `tau` (SDVG, section 3)."""
 
     tau: float = -0.7
     aggregate: str = "min"

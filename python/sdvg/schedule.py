@@ -6,13 +6,14 @@ A timestep `t` in [0, 1000] stands for the noise level `sigma = t / 1000` of flo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 def warp(timesteps: Sequence[float], shift: float = 5.0) -> tuple[float, ...]:
-    """Apply the flow shift of Wan and Self-Forcing: `sigma -> shift * sigma / (1 + (shift - 1) * sigma)`."""
+    """Apply Wan's flow shift: `sigma -> shift * sigma / (1 + (shift - 1) * sigma)`."""
     sigmas = [timestep / 1000 for timestep in timesteps]
     return tuple(1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas)
 
@@ -21,10 +22,11 @@ def warp(timesteps: Sequence[float], shift: float = 5.0) -> tuple[float, ...]:
 class Schedule:
     """The timesteps of block 0, 1, ...; the last entry serves every later block.
 
-    With `clean_pass=False` there is no forward at timestep 0 after a block: the next block attends to the
-    K/V that the last denoising step left.
+    With `clean_pass=False` there is no forward at timestep 0 after a block: the next block attends
+    to the K/V that the last denoising step left.
 
-    Raises ValueError for no block, no step, a timestep outside (0, 1000], or steps that do not fall.
+    Raises ValueError for no block, no step, a timestep outside (0, 1000], or steps that do not
+    fall.
     """
 
     timesteps: tuple[tuple[float, ...], ...]
@@ -33,10 +35,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.timesteps or not all(self.timesteps):
             raise ValueError(
-                f"schedule: timesteps must name at least one step for each block, got {self.timesteps}"
+                f"schedule: timesteps must name at least one step for each block, "
+                f"got {self.timesteps}"
             )
         for steps in self.timesteps:
-            rising = any(later >= earlier for earlier, later in zip(steps, steps[1:], strict=False))
+            rising = any(later >= earlier for earlier, later in itertools.pairwise(steps))
             inside = all(math.isfinite(step) and 0 < step <= 1000 for step in steps)
             if rising or not inside:
                 raise ValueError(
@@ -52,9 +55,11 @@ def preset(name: str) -> Schedule:
     """Return a published schedule.
 
     - `self_forcing`: four steps and a clean pass (Huang et al. 2025, arXiv 2506.08009; shift 5).
-    - `krea`: the first four of Krea Realtime's five steps. The fifth, at timestep 0, sees a latent that is already
+    - `krea`: the first four of Krea Realtime's five steps. The fifth, at timestep 0, sees a latent
+      that is already
       clean and its K/V is thrown away by the recomputation that follows (`commit="recompute"`).
-    - `diagonal`: 4, 3, then 2 steps and no clean pass (Diagonal Distillation, arXiv 2603.09488, released code:
+    - `diagonal`: 4, 3, then 2 steps and no clean pass (Diagonal Distillation, arXiv 2603.09488,
+      released code:
       933 and 733 are not warped, the last step is).
 
     Raises ValueError for another name.

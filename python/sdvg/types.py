@@ -1,8 +1,8 @@
 """What the loop passes around, and the protocols of what it drives.
 
-Latents are `[B, F, C, h, w]` (batch, latent frames, channels, height, width), frames are `[B, N, 3, H, W]` in [0, 1].
-A block is the `F` latent frames of one autoregressive step; its `N` decoded frames may differ between the
-first block and the others (Wan: 9 and 12).
+Latents are `[B, F, C, h, w]` (batch, latent frames, channels, height, width), frames are `[B, N,
+3, H, W]` in [0, 1]. A block is the `F` latent frames of one autoregressive step; its `N` decoded
+frames may differ between the first block and the others (Wan: 9 and 12).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Verdict(NamedTuple):
     accepted: bool
     # the aggregated score, None where the router did not ask for one
     score: float | None
-    # "first": forced; "router": the router's own decision; "target-only" and "draft-only": there was no choice
+    # "first": forced; "router": the router's own decision; "target-only" and "draft-only":
+    # there was no choice
     reason: str
 
 
@@ -43,7 +44,8 @@ class Stats(NamedTuple):
     blocks: int
     sequences: int
     frames: int
-    # accepted / decided by the router, forced first blocks left out as in the paper's tables; None: none decided
+    # accepted / decided by the router, forced first blocks left out as in the paper's
+    # tables; None: none decided
     acceptance: float | None
     total: float
     stages: dict[str, float]
@@ -51,7 +53,8 @@ class Stats(NamedTuple):
     fps: float
     # how many times faster than target-only; None where there is nothing to compare with
     speedup: float | None
-    # "measured": against a given target-only time; "predicted": from this run's own time per target block; "none"
+    # "measured": against a given target-only time; "predicted": from this run's own time per
+    # target block; "none"
     speedup_source: str
 
 
@@ -62,7 +65,8 @@ class CausalModel(Protocol):
     dtype: torch.dtype
     # F, C, h, w of one block of latents
     block_shape: tuple[int, int, int, int]
-    # how many latent frames before a block can change its output, through all layers; None: all of them
+    # how many latent frames before a block can change its output, through all layers; None:
+    # all of them
     receptive_frames: int | None
     # the first latent frames, which every block sees
     sink_frames: int
@@ -75,19 +79,20 @@ class CausalModel(Protocol):
     ) -> Tensor:
         """Predict clean latents `[b, F, C, h, w]` of the block at `start_frame` from noisy ones.
 
-        Stages the block's K/V; what is before `start_frame` must have been committed. `rows` (int64 `[b]`) names the
-        sequences that take part, None means all. Calling it again for the same block gives the same result.
+        Stages the block's K/V; what is before `start_frame` must have been committed. `rows`
+        (int64 `[b]`) names the sequences that take part, None means all. Calling it again for the
+        same block gives the same result.
         """
 
     def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
-        """The clean pass: commit K/V of one or more consecutive blocks of clean latents `[b, n * F, C, h, w]`."""
+        """The clean pass: commit K/V of consecutive blocks of clean latents `[b, n F, C, h, w]`."""
 
     def keep(self, *, start_frame: int, rows: Tensor | None = None) -> None:
         """Commit the K/V that the last `denoise` at `start_frame` staged, without a clean pass."""
 
 
 class Decoder(Protocol):
-    """Latents to frames, block by block. Its state is a value: decoding never changes the state it was given."""
+    """Latents to frames, block by block; its state is a value that decoding never changes."""
 
     def start(self, batch: int) -> object:
         """Return the state before the first block."""
@@ -99,14 +104,14 @@ class Decoder(Protocol):
         """Return the state of the sequences `rows` (int64 `[b]`) alone."""
 
     def select(self, draft: object, other: object, rows: Tensor) -> object:
-        """Return `draft` with the sequences `rows` (int64 `[b]`) taken from `other`, which holds them alone."""
+        """Return `draft` with sequences `rows` (int64 `[b]`) from `other`, which has only them."""
 
 
 class Scorer(Protocol):
     """Any callable that scores frames against their prompts."""
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return a reward for each frame: `[B, N]` float32 for frames `[B, N, 3, H, W]` in [0, 1]."""
+        """Return rewards `[B, N]` float32, one a frame, for `[B, N, 3, H, W]` in [0, 1]."""
 
 
 class Draft(NamedTuple):
@@ -123,7 +128,8 @@ class Draft(NamedTuple):
 class Router(Protocol):
     """Decides for each sequence whether a draft is kept.
 
-    A router whose `needs_score` is False decides before the draft is decoded, so that no rejected draft is.
+    A router whose `needs_score` is False decides before the draft is decoded, so that no rejected
+    draft is.
     """
 
     needs_score: bool

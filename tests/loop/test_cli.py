@@ -236,9 +236,13 @@ def test_latent_shapes_that_differ_are_named(
     )
 
 
-@pytest.mark.parametrize("side", ["drafter", "target"])
-def test_nan_is_reported_with_block_and_model(
-    give: Callable[[Pair], Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str], side: str
+@pytest.mark.parametrize(("side", "stage"), [("drafter", "draft"), ("target", "target")])
+def test_nan_is_reported_with_block_and_stage(
+    give: Callable[[Pair], Pair],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    side: str,
+    stage: str,
 ) -> None:
     pair = give(Pair(*tiny_pair(), BrightnessScorer()))
     model = getattr(pair, side)
@@ -252,7 +256,7 @@ def test_nan_is_reported_with_block_and_model(
 
     model.denoise = break_at_two
     said = refuse(capsys, tmp_path, lambda: generate("--tau", "1e9"))
-    assert said == f"sdvg: the {side} returned latents that are not finite at block 2"
+    assert said == f"sdvg: the {side} returned values that are not finite at block 2, stage {stage}"
 
 
 def test_decoder_that_returns_nan_is_reported(

@@ -1,4 +1,4 @@
-"""What the loop says when it is given something wrong, and what it reports; models are plain Python."""
+"""What the loop says of wrong parts and requests, and what it reports, on plain models."""
 
 from __future__ import annotations
 
@@ -133,11 +133,23 @@ def test_a_wrong_setting_is_named_in_one_sentence(make: object, text: str) -> No
         make()
 
 
-@pytest.mark.parametrize("model", ["drafter", "target"])
-def test_a_model_that_returns_nan_is_reported_with_block_and_stage(model: str) -> None:
-    parts = {model: ConstantModel(math.nan)}
-    with pytest.raises(RuntimeError, match=f"the {model} returned latents .* at block 0"):
-        next(engine(**parts).generate(["a seven"]))
+@pytest.mark.parametrize(("part", "stage"), [("drafter", "draft"), ("target", "target")])
+def test_a_model_that_returns_nan_is_reported_with_block_and_stage(part: str, stage: str) -> None:
+    run = engine(**{part: ConstantModel(math.nan)}).generate(["a seven"])
+    with pytest.raises(RuntimeError, match=f"the {part} returned .* at block 0, stage {stage}"):
+        next(run)
+
+
+def test_a_decoder_that_returns_nan_is_reported_with_its_block() -> None:
+    class Broken(RepeatingDecoder):
+        def decode(self, latents: Tensor, state: int) -> tuple[Tensor, int]:
+            frames, after = super().decode(latents, state)
+            return (frames * math.nan if state else frames), after
+
+    run = engine(decoder=Broken()).generate(["a seven"])
+    next(run)
+    with pytest.raises(RuntimeError, match=r"the decoder returned .* at block 1, stage decode"):
+        next(run)
 
 
 def test_a_scorer_that_raises_is_reported_with_its_block_and_cause() -> None:
@@ -187,9 +199,11 @@ def test_frames_come_from_the_model_that_the_verdict_names() -> None:
 
 def test_the_forced_first_block_may_be_switched_off() -> None:
     (block,) = engine(Always(), force_first=False).generate(["a"], num_blocks=1)
-    assert block.verdicts[0].accepted and block.verdicts[0].reason == "router"
+    assert block.verdicts[0].accepted
+    assert block.verdicts[0].reason == "router"
     (block,) = engine(Always()).generate(["a"], num_blocks=1)
-    assert not block.verdicts[0].accepted and block.verdicts[0].reason == "first"
+    assert not block.verdicts[0].accepted
+    assert block.verdicts[0].reason == "first"
 
 
 def test_nan_rewards_reject() -> None:
@@ -201,9 +215,7 @@ def test_nan_rewards_reject() -> None:
 
 
 def test_random_routing_is_keyed_and_meets_its_rate() -> None:
-    draws = [
-        Random(0.7)(Draft(block, 4, tuple(range(100)), None)).tolist() for block in range(30)
-    ]
+    draws = [Random(0.7)(Draft(block, 4, tuple(range(100)), None)).tolist() for block in range(30)]
     assert draws == [
         Random(0.7)(Draft(block, 4, tuple(range(100)), None)).tolist() for block in range(30)
     ]
@@ -220,11 +232,13 @@ def test_summary_counts_what_the_router_decided() -> None:
     assert (stats.blocks, stats.sequences, stats.frames) == (7, 2, 84)
     # blocks 3 and 6 of the six that the router decided are the target's
     assert stats.acceptance == pytest.approx(4 / 6)
-    assert stats.speedup_source == "predicted" and stats.speedup > 0
+    assert stats.speedup_source == "predicted"
+    assert stats.speedup > 0
     assert set(stats.stages) == {"draft", "target", "commit", "decode"}
     assert 0 < sum(stats.stages.values()) < stats.total
     measured = run.summary(target_only_seconds=2 * stats.total)
-    assert measured.speedup == pytest.approx(2) and measured.speedup_source == "measured"
+    assert measured.speedup == pytest.approx(2)
+    assert measured.speedup_source == "measured"
 
 
 def test_summary_of_draft_only_has_nothing_to_compare_with() -> None:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdvg import SDVG, Always, Block, Never, Random, Recompute, Reward, Schedule, Stride
+from sdvg.models.wan import CausalWan
 from tests.tiny import (
     TAU,
     BrightnessScorer,
     TinyPair,
+    encode,
     float64_norms,
     tiny_pair,
     tiny_vae,
@@ -145,7 +147,8 @@ def test_an_interrupted_and_resumed_iterator_gives_one_run_bitwise(
     prompts = PROMPTS[:2]
     whole = blocks_of(speculate(pair, **options), prompts)
     require_both_verdicts(whole)
-    # every call of a model, the decoder and the scorer is interrupted once, wherever it stands in a block
+    # every call of a model, the decoder and the scorer is interrupted once, wherever it
+    # stands in a block
     counter = Interrupting(10**9)
     parts = [counter.wrap(part) for part in (*pair, BrightnessScorer())]
     blocks_of(SDVG(*parts, Reward(TAU), **options), prompts)
@@ -335,23 +338,23 @@ def test_the_window_forgets_and_the_sink_does_not() -> None:
 
 
 def test_wan_with_a_cache_equals_one_block_causal_forward() -> None:
-    """The cached model gives what the stock model gives in one forward under a block-causal mask."""
+    """The stock model in one forward, under a block-causal mask, gives the same."""
     diffusers = pytest.importorskip("diffusers")
     model = tiny_wan(seed=4, sink_frames=0, window_frames=None, max_frames=12)
     stock = diffusers.WanTransformer3DModel(**model.transformer.config)
     stock.load_state_dict(model.transformer.state_dict())
     clean = torch.randn(2, 12, *model.block_shape[1:])
-    from tests.tiny import encode
-
     tokens = 3 * model.frame_tokens
     block = torch.arange(4 * tokens) // tokens
     mask = block[:, None] >= block[None, :]
     processor = stock.blocks[0].attn1.processor.__class__
 
     class Masked(processor):
-        def __call__(self, attn, hidden, encoder=None, attention_mask=None, rotary_emb=None):
-            mask_here = None if encoder is not None else mask
-            return super().__call__(attn, hidden, encoder, mask_here, rotary_emb)
+        def __call__(
+            self, attn: nn.Module, hidden: Tensor, encoder: Tensor | None = None, *rest: object
+        ) -> Tensor:
+            own = None if encoder is not None else mask
+            return super().__call__(attn, hidden, encoder, own, *rest[1:])
 
     stock.set_attn_processor(Masked())
     steps = torch.full((2,), 500.0)
@@ -380,3 +383,14 @@ def test_streaming_decode_equals_the_whole_video() -> None:
     assert [part.shape[1] for part in frames] == [9, 12, 12]
     expected = (whole.transpose(1, 2) + 1) / 2
     torch.testing.assert_close(torch.cat(frames, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_wan_names_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"multiples of the patch \(1, 2, 2\).* got 3 x 4"):
+        CausalWan(tiny_wan(seed=1).transformer, encode, height=3, width=4)
+    with pytest.raises(ValueError, match="window must cover a block of 12 tokens, got 8"):
+        tiny_wan(seed=1, window_frames=2).start(PROMPTS)
+    model = tiny_wan(seed=1, window_frames=None, max_frames=6)
+    model.start(PROMPTS[:1])
+    with pytest.raises(ValueError, match="must end within max_frames = 6, got 9"):
+        model.write(torch.zeros(1, 9, *model.block_shape[1:]), start_frame=0)

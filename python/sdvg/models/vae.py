@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class DecoderState(NamedTuple):
     """The feature cache between two blocks; its tensors are shared and never written to.
 
-    The VAE replaces the entries of its feature list and never changes them in place, so keeping the old tuple is a
-    snapshot and going back to it is the restore: no bytes are copied.
+    The VAE replaces the entries of its feature list and never changes them in place, so keeping
+    the old tuple is a snapshot and going back to it is the restore: no bytes are copied.
     """
 
     # per causal convolution: a tensor [B, C, t, H, W], "Rep" (a first frame was seen), or None
@@ -26,8 +26,8 @@ class DecoderState(NamedTuple):
 class StreamingVAE:
     """A `Decoder` (see `sdvg.types`) around a stock `AutoencoderKLWan`.
 
-    Decoding block by block equals `vae.decode` of the whole video; the first latent frame gives one pixel
-    frame, each later one four (blocks of 9, 12, 12, ... frames for three latent frames).
+    Decoding block by block equals `vae.decode` of the whole video; the first latent frame gives
+    one pixel frame, each later one four (blocks of 9, 12, 12, ... frames for three latent frames).
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -48,12 +48,10 @@ class StreamingVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Return frames `[B, N, 3, H, W]` in [0, 1] of normalised latents `[B, F, C, h, w]`, and the state after."""
+        """Return frames `[B, N, 3, H, W]` in [0, 1] of latents `[B, F, C, h, w]`, and the state."""
         weight = self.vae.post_quant_conv.weight
         latents = latents.transpose(1, 2).to(weight.device, weight.dtype)
-        latents = self.vae.post_quant_conv(
-            latents * self._std.to(latents) + self._mean.to(latents)
-        )
+        latents = self.vae.post_quant_conv(latents * self._std.to(latents) + self._mean.to(latents))
         features = list(state.features)
         # the first latent frame of a video stands alone; the others go through together
         parts = latents.split([1, latents.shape[2] - 1], dim=2) if state.first else (latents,)
@@ -71,14 +69,10 @@ class StreamingVAE:
 
     def take(self, state: DecoderState, rows: Tensor) -> DecoderState:
         """Return the state of the sequences `rows` alone."""
-        features = (
-            entry[rows] if isinstance(entry, Tensor) else entry for entry in state.features
-        )
+        features = (entry[rows] if isinstance(entry, Tensor) else entry for entry in state.features)
         return DecoderState(tuple(features), state.first)
 
-    def select(
-        self, draft: DecoderState, other: DecoderState, rows: Tensor
-    ) -> DecoderState:
+    def select(self, draft: DecoderState, other: DecoderState, rows: Tensor) -> DecoderState:
         """Return `draft` with the sequences `rows` taken from `other`, which holds them alone."""
         features = (
             mine.index_copy(0, rows, theirs) if isinstance(mine, Tensor) else mine

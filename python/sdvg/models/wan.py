@@ -1,8 +1,9 @@
 """diffusers' Wan transformer as a block-autoregressive model with a KV cache; no copy of the model.
 
-Two attention processors and a rotary embedding with an offset are put on a stock `WanTransformer3DModel`:
-self-attention writes its keys (after RoPE, at absolute frame positions, as Self-Forcing does) and values into
-the ring and attends to it block-causally; cross-attention projects the prompt once.
+Two attention processors and a rotary embedding with an offset are put on a stock
+`WanTransformer3DModel`: self-attention writes its keys (after RoPE, at absolute frame positions,
+as Self-Forcing does) and values into the ring and attends to it block-causally; cross-attention
+projects the prompt once.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ class CausalWan:
         height, width: of the latents; must be multiples of the patch size.
         frames: latent frames of a block.
         sink_frames: first latent frames, always seen and never evicted.
-        window_frames: how far back a block sees, itself included; None: everything, up to `max_frames`.
+        window_frames: how far back a block sees, itself included; None: everything, up to
+            `max_frames`.
         max_frames: without a window, how many latent frames a sequence may have.
-        write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes several passes.
+        write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes
+            several passes.
 
     Raises:
         ValueError: sizes that do not fit each other, or a sequence longer than the cache.
@@ -63,8 +66,13 @@ class CausalWan:
         patch_frames, patch_height, patch_width = config.patch_size
         if patch_frames != 1 or height % patch_height or width % patch_width:
             raise ValueError(
-                f"wan: latents must be a multiple of the patch {tuple(config.patch_size)} with one frame a patch, "
-                f"got {height} x {width}"
+                f"wan: latents must be multiples of the patch {tuple(config.patch_size)}, one frame "
+                f"deep, got {height} x {width}"
+            )
+        if config.added_kv_proj_dim is not None:
+            raise ValueError(
+                "wan: transformer must be a text-to-video model, got one with image projections "
+                f"(added_kv_proj_dim={config.added_kv_proj_dim})"
             )
         self.transformer = transformer.eval().requires_grad_(False)
         self.block_shape = (frames, config.in_channels, height, width)
@@ -148,7 +156,7 @@ class CausalWan:
         end = start_frame + latents.shape[1]
         if self.window_frames is None and end > self.max_frames:
             raise ValueError(
-                f"wan: a sequence must end within max_frames = {self.max_frames} latent frames, got {end}; "
+                f"wan: a sequence must end within max_frames = {self.max_frames}, got {end}; "
                 "give the model a window to go on"
             )
         self.cache.seek(start_frame * self.frame_tokens, rows)
@@ -157,7 +165,8 @@ class CausalWan:
         self.running = _Pass(start_frame, index, lengths + latents.shape[1] * self.frame_tokens)
         hidden = latents.transpose(1, 2).to(self.dtype)
         steps = torch.full((len(latents),), timestep, device=self.device)
-        # cross-attention holds the prompt already; an empty one passes through the embedder for nothing
+        # cross-attention holds the prompt already; an empty one passes through the
+        # embedder for nothing
         text = hidden.new_empty((len(latents), 0, self.transformer.config.text_dim))
         (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
         return velocity.transpose(1, 2)
@@ -176,11 +185,13 @@ class _OffsetRope(nn.Module):
 
     def __init__(self, model: CausalWan, theta: float = 10000.0) -> None:
         super().__init__()
-        # not an attribute that nn.Module would register: the model holds the transformer that holds this
+        # not an attribute that nn.Module would register: the model holds the transformer
+        # that holds this
         self._model = (model,)
         head_dim = model.transformer.config.attention_head_dim
         space = 2 * (head_dim // 6)
-        # radians per position for each pair of channels: frame, row, column (44, 42, 42 channels of 128)
+        # radians per position for each pair of channels: frame, row, column (44, 42, 42
+        # channels of 128)
         self._rates = [
             theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
             for channels in (head_dim - 2 * space, space, space)
@@ -188,7 +199,7 @@ class _OffsetRope(nn.Module):
         self._key: tuple[object, ...] | None = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin `[1, T, 1, D / 2]` for the latents `[b, C, F, h, w]`, one entry a channel pair."""
+        """Return cos and sin `[1, T, 1, D / 2]` for latents `[b, C, F, h, w]`."""
         (model,) = self._model
         frames, height, width = hidden_states.shape[2:]
         _, patch_height, patch_width = model.transformer.config.patch_size
@@ -196,7 +207,11 @@ class _OffsetRope(nn.Module):
         grid = (frames, height // patch_height, width // patch_width)
         key = (start, grid, hidden_states.device, hidden_states.dtype)
         if self._key != key:
-            axes = (torch.arange(start, start + grid[0]), torch.arange(grid[1]), torch.arange(grid[2]))
+            axes = (
+                torch.arange(start, start + grid[0]),
+                torch.arange(grid[1]),
+                torch.arange(grid[2]),
+            )
             angles = [
                 torch.outer(positions.double(), rates)
                 for positions, rates in zip(axes, self._rates, strict=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sdvg.models.embedded.text import TextEncoder
 
 # steps of the shipped run
-STEPS = {"vae": 2200, "text": 900, "target": 2400, "drafter": 2400, "scorer": 1200, "judge": 1200}
+STEPS = {"vae": 2200, "text": 900, "target": 2400, "drafter": 3000, "scorer": 1200, "judge": 1200}
 CLIPS = 3000
 
 

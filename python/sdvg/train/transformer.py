@@ -50,10 +50,10 @@ STEPS = (1000.0, 937.5, 2500 / 3, 625.0)  # flow shift 5 of 1000, 750, 500, 250
 WINDOW_BLOCKS = 3
 GRID = 4  # latent height and width
 SIZES = {
-    "target": {"num_attention_heads": 3, "num_layers": 12, "ffn_dim": 768},
-    # the target's first training phase: half the layers, so twice the steps
+    "target": {"num_attention_heads": 3, "num_layers": 15, "ffn_dim": 768},
+    # the target's first and longer phase: it is grown from this
     "target-half": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 768},
-    "drafter": {"num_attention_heads": 2, "num_layers": 2, "ffn_dim": 256},
+    "drafter": {"num_attention_heads": 2, "num_layers": 3, "ffn_dim": 512},
 }
 
 
@@ -284,21 +284,25 @@ def train(
             seed=seed,
         )
         _grow(model, half)
-        steps, lr = steps // 5, lr / 2
+        steps, lr = steps // 12, lr / 2
     return fit(name, model, loss, steps=steps, lr=lr, runs=runs, resume=resume, seed=seed, ema=0.99)
 
 
 @torch.no_grad()
 def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
-    """Make ``model`` equal to ``half``, with a silent copy after each of its layers."""
+    """Make ``model`` equal to ``half``, with silent copies of layers behind their originals."""
+    ratio = len(half.blocks) / len(model.blocks)
+    origin = [int(layer * ratio) for layer in range(len(model.blocks))]
     weights = half.state_dict()
     grown = {name: value for name, value in weights.items() if not name.startswith("blocks.")}
-    for name, value in weights.items():
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            grown[f"blocks.{2 * int(layer)}.{rest}"] = value
-            silent = "to_out" in rest or "net.2" in rest
-            grown[f"blocks.{2 * int(layer) + 1}.{rest}"] = value * 0 if silent else value
+    for layer, source in enumerate(origin):
+        copy = layer > 0 and origin[layer - 1] == source
+        for name, value in weights.items():
+            if name.startswith(f"blocks.{source}."):
+                rest = name.split(".", 2)[2]
+                # without its output projections a layer adds nothing to the residual stream
+                silent = copy and ("to_out" in rest or "net.2" in rest)
+                grown[f"blocks.{layer}.{rest}"] = value * 0 if silent else value
     model.load_state_dict(grown)
 
 
