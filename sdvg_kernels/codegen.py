@@ -218,7 +218,12 @@ def _read_source(nvcc: str, source: Path, arch: int) -> dict[str, _Facts]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
         includes = [f"-I{path}" for path in include_paths()]
-        flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        ]
         _run(
             nvcc, "-cubin", f"-arch={_CUDA_ARCH[arch]}", *flags, *includes, "-o", cubin, str(source)
         )
