@@ -66,7 +66,7 @@ class CausalWan:
         patch_frames, patch_height, patch_width = config.patch_size
         if patch_frames != 1 or height % patch_height or width % patch_width:
             raise ValueError(
-                f"wan: latents must be multiples of the patch {tuple(config.patch_size)}, one frame "
+                f"wan: latents must be multiples of the patch {tuple(config.patch_size)}, a frame "
                 f"deep, got {height} x {width}"
             )
         if config.added_kv_proj_dim is not None:
