@@ -203,8 +203,7 @@ class Generation(Iterator[Block]):
         if not rejected:
             latents = draft
         elif len(rejected) == len(self.prompts):
-            # back to the decoder's state before the draft
-            latents, frames, state = self._repair(index, None), None, before
+            latents, frames = self._repair(index, None), None
         else:
             rows = torch.tensor(rejected, device=draft.device)
             repaired = self._repair(index, rows)
@@ -215,6 +214,7 @@ class Generation(Iterator[Block]):
                 frames = frames.index_copy(0, rows, repaired_frames)
                 state = sdvg.decoder.select(state, repaired_state, rows)
         if frames is None:
+            # nothing of a decoded draft is kept: the decoder goes on from before it
             frames, state = self._decode(latents, before)
         _require_finite(frames, "decoder", "decode", index)
 
