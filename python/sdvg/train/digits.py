@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from sdvg.models.embedded.text import TextEncoder
 
 # steps of the shipped run
-STEPS = {"vae": 2200, "text": 900, "target": 2400, "drafter": 3000, "scorer": 1200, "judge": 1200}
+STEPS = {
+    "vae": 2200,
+    "text": 900,
+    "base": 2400,
+    "target": 480,
+    "drafter": 2400,
+    "scorer": 1200,
+    "judge": 1200,
+}
 CLIPS = 3000
 
 
@@ -59,12 +67,19 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         encoder = text.train(options.runs, **common)
         encoder.tokenizer.save_pretrained(out / "tokenizer")
         _save(encoder.encoder, out / "text_encoder")
-    elif stage in ("target", "drafter"):
-        vae, encoder = _vae(out), _text(out)
-        clips = transformer.encode_clips(vae, options.clips, options.runs)
-        model = transformer.train(stage, clips, encoder, options.runs, **common)
-        _save(model, out / ("transformer" if stage == "target" else "drafter"))
-        _index(out)
+    elif stage in ("base", "target", "drafter"):
+        clips = transformer.encode_clips(_vae(out), options.clips, options.runs)
+        data = (clips, _text(out), options.runs)
+        if stage == "base":
+            transformer.train(stage, *data, **common)
+        else:
+            # finished: this only reads its checkpoint
+            base = transformer.train("base", *data, steps=STEPS["base"], resume=True)
+            # the target is nearly there, the drafter has most of its layers missing
+            lr = 1e-3 if stage == "target" else 2e-3
+            model = transformer.train(stage, *data, start=base, lr=lr, **common)
+            _save(model, out / ("transformer" if stage == "target" else "drafter"))
+            _index(out)
     elif stage == "scorer":
         reward = critics.train_scorer(_vae(out), options.runs, **common)
         critics.calibrate(reward, *_drafts(out))

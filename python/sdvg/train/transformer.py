@@ -49,11 +49,12 @@ if TYPE_CHECKING:
 STEPS = (1000.0, 937.5, 2500 / 3, 625.0)  # flow shift 5 of 1000, 750, 500, 250
 WINDOW_BLOCKS = 3
 GRID = 4  # latent height and width
+PATCH = 2  # latent pixels, height and width of a token
 SIZES = {
     "target": {"num_attention_heads": 3, "num_layers": 15, "ffn_dim": 768},
-    # the target's first and longer phase: it is grown from this
-    "target-half": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 768},
-    "drafter": {"num_attention_heads": 2, "num_layers": 3, "ffn_dim": 512},
+    # trained longest; the target is grown from it, the drafter is cut out of it
+    "base": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 768},
+    "drafter": {"num_attention_heads": 3, "num_layers": 2, "ffn_dim": 576},
 }
 
 
@@ -66,12 +67,12 @@ class Clips(NamedTuple):
     style: torch.Tensor
 
 
-def build(name: str, patch: int = 2) -> WanTransformer3DModel:
-    """A freshly initialised ``"target"`` or ``"drafter"``."""
+def build(name: str) -> WanTransformer3DModel:
+    """A freshly initialised ``"base"``, ``"target"`` or ``"drafter"``."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        patch_size=(1, patch, patch), attention_head_dim=64, in_channels=16, out_channels=16,
+        patch_size=(1, PATCH, PATCH), attention_head_dim=64, in_channels=16, out_channels=16,
         text_dim=128, freq_dim=128, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
         rope_max_seq_len=256, **SIZES[name],
     )  # fmt: skip
@@ -125,9 +126,8 @@ class TeacherForcing:
     """
 
     def __init__(self, model: WanTransformer3DModel, dtype: torch.dtype = torch.bfloat16) -> None:
-        patch = model.config.patch_size[1]
         frames = BLOCKS * FRAMES_PER_BLOCK
-        self.tokens = FRAMES_PER_BLOCK * (GRID // patch) ** 2
+        self.tokens = FRAMES_PER_BLOCK * (GRID // PATCH) ** 2
         self.dtype = dtype
         cos, sin = model.rope(torch.empty(1, 1, frames, GRID, GRID))
         # [1, 1, 2 T, D], positions begin again at the noisy half; pairs of channels turn together
@@ -160,8 +160,7 @@ class TeacherForcing:
                 x = self._block(block, x, text, block.scale_shift_table[0] + modulation)
             shift, scale = (model.scale_shift_table + temb.float()[:, :, None]).split(1, 2)
             out = model.proj_out(_norm(x) * (1 + scale) + shift).float()
-        patch = model.config.patch_size[1]
-        out = out.flatten(1, 2).unflatten(1, grid).unflatten(-1, (patch, patch, -1))
+        out = out.flatten(1, 2).unflatten(1, grid).unflatten(-1, (PATCH, PATCH, -1))
         out = out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
         return out[:, :, clean.shape[2] :]
 
@@ -223,16 +222,21 @@ def train(
     *,
     steps: int,
     resume: bool,
+    start: WanTransformer3DModel | None = None,
     batch: int = 8,
     lr: float = 2e-3,
     rates: Rates = Rates(),
     seed: int = 4,
-    patch: int = 2,
 ) -> WanTransformer3DModel:
-    """The trained transformer; target and drafter see the same clips and the same noise."""
+    """The trained transformer; all see the same clips and the same noise.
+
+    With ``start``, the trained base, the target is grown from it and the drafter cut out of it.
+    """
     torch.manual_seed(seed)
-    model = build(name, patch)
+    model = build(name)
     velocity = TeacherForcing(model)
+    if start is not None:
+        (_grow if len(model.blocks) > len(start.blocks) else _cut)(model, start)
     frames = BLOCKS * FRAMES_PER_BLOCK
 
     def loss(g: torch.Generator, step: int) -> dict[str, torch.Tensor]:
@@ -270,30 +274,15 @@ def train(
             "later": error[:, 1:].mean(),
         }
 
-    if name == "target":
-        half = train(
-            "target-half",
-            clips,
-            text,
-            runs,
-            steps=steps,
-            resume=resume,
-            batch=batch,
-            lr=lr,
-            rates=rates,
-            seed=seed,
-        )
-        _grow(model, half)
-        steps, lr = steps // 12, lr / 2
     return fit(name, model, loss, steps=steps, lr=lr, runs=runs, resume=resume, seed=seed, ema=0.99)
 
 
 @torch.no_grad()
-def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
-    """Make ``model`` equal to ``half``, with silent copies of layers behind their originals."""
-    ratio = len(half.blocks) / len(model.blocks)
+def _grow(model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
+    """Make ``model`` equal to ``base``, with silent copies of layers behind their originals."""
+    ratio = len(base.blocks) / len(model.blocks)
     origin = [int(layer * ratio) for layer in range(len(model.blocks))]
-    weights = half.state_dict()
+    weights = base.state_dict()
     grown = {name: value for name, value in weights.items() if not name.startswith("blocks.")}
     for layer, source in enumerate(origin):
         copy = layer > 0 and origin[layer - 1] == source
@@ -304,6 +293,22 @@ def _grow(model: WanTransformer3DModel, half: WanTransformer3DModel) -> None:
                 silent = copy and ("to_out" in rest or "net.2" in rest)
                 grown[f"blocks.{layer}.{rest}"] = value * 0 if silent else value
     model.load_state_dict(grown)
+
+
+@torch.no_grad()
+def _cut(model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
+    """Start ``model`` from the first and last layers of ``base``, with its heaviest FFN neurons."""
+    last, width = len(base.blocks) - 1, model.config.ffn_dim
+    state = {name: value for name, value in base.state_dict().items() if "blocks." not in name}
+    for layer, source in enumerate((0, last)):
+        weights = base.blocks[source].state_dict()
+        inward, outward = weights["ffn.net.0.proj.weight"], weights["ffn.net.2.weight"]
+        kept = (inward.norm(dim=1) * outward.norm(dim=0)).topk(width).indices.sort().values
+        for name in ("ffn.net.0.proj.weight", "ffn.net.0.proj.bias"):
+            weights[name] = weights[name][kept]
+        weights["ffn.net.2.weight"] = outward[:, kept]
+        state |= {f"blocks.{layer}.{name}": value for name, value in weights.items()}
+    model.load_state_dict(state)
 
 
 def _levels(n: int, g: torch.Generator) -> torch.Tensor:
