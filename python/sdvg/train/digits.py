@@ -99,7 +99,7 @@ def _save(model: torch.nn.Module, folder: Path) -> None:
 def _vae(out: Path) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan.from_pretrained(out / "vae", low_cpu_mem_usage=False).float().eval()
+    return AutoencoderKLWan.from_pretrained(out / "vae").float().eval()
 
 
 def _text(out: Path) -> TextEncoder:
@@ -120,7 +120,7 @@ def _drafts(out: Path, count: int = 40) -> tuple[torch.Tensor, list[str]]:
     from sdvg.models.wan import CausalWan
     from sdvg.router import Always
 
-    drafter = WanTransformer3DModel.from_pretrained(out / "drafter", low_cpu_mem_usage=False)
+    drafter = WanTransformer3DModel.from_pretrained(out / "drafter")
     model = CausalWan(
         drafter.float(), _text(out), height=4, width=4, sink_frames=3, window_frames=9
     )
