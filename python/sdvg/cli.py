@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import signal
@@ -24,7 +23,7 @@ from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
 from sdvg.schedule import preset
-from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, methods
+from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, digest, methods
 from sdvg.sweep import sweep as run_sweep
 from sdvg.sweep import write as write_sweep
 from sdvg.types import Router
@@ -132,7 +131,7 @@ def sweep(args: argparse.Namespace) -> int:
     pair = _load(args)
     machine = env.gpu() if pair.target.device.type == "cuda" else env.processor()
     settings = {
-        "weights": _digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
+        "weights": digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
         "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
         "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
@@ -277,14 +276,6 @@ def _arguments(args: argparse.Namespace) -> dict[str, object]:
         for name, value in vars(args).items()
         if name not in ("run", "debug")
     }
-
-
-def _digest(folder: Path) -> str:
-    """Return 12 hex digits that name the weights in `folder`."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _one_sentence(error: Exception) -> str:

@@ -9,6 +9,7 @@ over prompts, with the same resamples for all methods.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import time
@@ -294,6 +295,14 @@ def plot(rows: Sequence[Row]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="lower left")
     return figure
+
+
+def digest(folder: Path) -> str:
+    """Return 12 hex digits that name the weights in `folder`: its safetensors files."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return whole.hexdigest()[:12]
 
 
 def _video(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sdvg import sweep as room
-from sdvg.sweep import COLUMNS, Method, gains, methods, prompts, summarise, sweep, write
+from sdvg.models import embedded
+from sdvg.sweep import COLUMNS, Method, digest, gains, methods, prompts, summarise, sweep, write
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
 
 pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
@@ -206,3 +207,10 @@ def test_gain_over_random_is_taken_at_the_same_speed() -> None:
     }
     table = room._table(summarise(videos, lines, 4), gains(videos, lines, 4), "About.")
     assert "The reward beats random routing at 0 of 1 thresholds" in table
+
+
+def test_committed_result_is_of_the_shipped_weights() -> None:
+    table = Path(__file__).parents[2] / "benchmarks" / "results" / "digits" / "table.md"
+    assert f"weights {digest(embedded.WEIGHTS)}" in table.read_text(), (
+        "the weights changed: run `sdvg sweep --out benchmarks/results/digits` again"
+    )
