@@ -48,7 +48,10 @@ class StreamingVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Return frames `[B, N, 3, H, W]` in [0, 1] of latents `[B, F, C, h, w]`, and the state."""
+        """Return frames `[B, N, 3, H, W]` in [0, 1] of latents `[B, F, C, h, w]`, and the state.
+
+        Frames are float32 (float64 from a float64 decoder), whatever the decoder computes in.
+        """
         weight = self.vae.post_quant_conv.weight
         latents = latents.transpose(1, 2).to(weight.device, weight.dtype)
         latents = self.vae.post_quant_conv(latents * self._std.to(latents) + self._mean.to(latents))
@@ -64,7 +67,8 @@ class StreamingVAE:
         if self.vae.config.patch_size is not None:
             # Wan 2.2's decoder leaves pixels folded into channels
             pixels = self._unpatchify(pixels, self.vae.config.patch_size)
-        pixels = pixels.clamp(-1, 1).transpose(1, 2)
+        wide = torch.promote_types(pixels.dtype, torch.float32)
+        pixels = pixels.to(wide).clamp(-1, 1).transpose(1, 2)
         return (pixels + 1) / 2, DecoderState(tuple(features), False)
 
     def take(self, state: DecoderState, rows: Tensor) -> DecoderState:

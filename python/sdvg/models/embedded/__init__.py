@@ -43,11 +43,13 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    decoder_dtype: torch.dtype | None = None,
 ) -> EmbeddedPair:
     """The pair in ``folder`` (default: the shipped one), in eval mode, on ``device`` in ``dtype``.
 
-    The scorer stays in float32. Blocks of 3 latent frames of 4 x 4, a sink of 3 frames and a
-    window of 9: what the transformers were trained with.
+    The scorer stays in float32. On a CPU with bfloat16 convolutions (oneDNN) a float32 pair gets a
+    bfloat16 decoder, which halves its time; `decoder_dtype` chooses otherwise. Blocks of 3 latent
+    frames of 4 x 4, a sink of 3 frames and a window of 9: what the transformers were trained with.
 
     Raises:
         ImportError: diffusers or transformers is missing.
@@ -68,7 +70,11 @@ def load(
 
     folder = Path(folder) if folder is not None else WEIGHTS
 
-    def diffusers_model(cls: type, part: str) -> nn.Module:
+    if decoder_dtype is None:
+        on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
+        decoder_dtype = torch.bfloat16 if on_cpu and _bfloat16_convolutions() else dtype
+
+    def diffusers_model(cls: type, part: str, dtype: torch.dtype = dtype) -> nn.Module:
         path = folder / part / "diffusion_pytorch_model.safetensors"
 
         def build() -> nn.Module:
@@ -106,13 +112,17 @@ def load(
         )
         for part in ("transformer", "drafter")
     )
-    decoder = StreamingVAE(diffusers_model(AutoencoderKLWan, "vae"))
+    decoder = StreamingVAE(diffusers_model(AutoencoderKLWan, "vae", decoder_dtype))
     scorer = folder / "scorer"
     _check(
         scorer / "model.safetensors",
         lambda: DigitsReward(**json.loads((scorer / "config.json").read_text())),
     )
     return EmbeddedPair(drafter, target, decoder, DigitsReward.from_pretrained(scorer).to(device))
+
+
+def _bfloat16_convolutions() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _exists(path: Path) -> None:
