@@ -24,6 +24,7 @@ class _Pass(NamedTuple):
     """What the processors need to know of the forward that is running."""
 
     start_frame: int
+    timestep: float
     # int32 [b] of the sequences that take part; None: all of them
     rows: Tensor | None
     # int32 [b] committed and staged tokens
@@ -87,6 +88,8 @@ class CausalWan:
         self._encode = encode
         self.cache: KVCache | None = None
         self.running: _Pass | None = None
+        # (timestep, batch) -> its embedding and its modulation
+        self._embedded: dict[tuple[float, int], tuple[Tensor, Tensor]] = {}
         self._install()
 
     @property
@@ -122,6 +125,8 @@ class CausalWan:
             device=self.device,
         )
         text = self._encode(prompts).to(self.device, self.dtype)
+        # weights may have changed since the last prompt
+        self._embedded.clear()
         embedded = self.transformer.condition_embedder.text_embedder(text)
         for block in self.transformer.blocks:
             block.attn2.processor.start(block.attn2, embedded)
@@ -162,11 +167,12 @@ class CausalWan:
         self.cache.seek(start_frame * self.frame_tokens, rows)
         index = None if rows is None else rows.int()
         lengths = self.cache.lengths if rows is None else self.cache.lengths[rows]
-        self.running = _Pass(start_frame, index, lengths + latents.shape[1] * self.frame_tokens)
+        self.running = _Pass(
+            start_frame, timestep, index, lengths + latents.shape[1] * self.frame_tokens
+        )
         hidden = latents.transpose(1, 2).to(self.dtype)
         steps = torch.full((len(latents),), timestep, device=self.device)
-        # cross-attention holds the prompt already; an empty one passes through the
-        # embedder for nothing
+        # cross-attention holds the prompt already
         text = hidden.new_empty((len(latents), 0, self.transformer.config.text_dim))
         (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
         return velocity.transpose(1, 2)
@@ -178,6 +184,19 @@ class CausalWan:
             processors[f"blocks.{layer}.attn2.processor"] = _CrossAttention(self)
         self.transformer.set_attn_processor(processors)
         self.transformer.rope = _OffsetRope(self)
+        # the instance's own forward, so that names of weights stay diffusers'
+        self.transformer.condition_embedder.forward = self._condition
+
+    def _condition(
+        self, timestep: Tensor, text: Tensor, *rest: object, **options: object
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return embedding and modulation of the timestep, of which a schedule has only a few."""
+        key = (self.running.timestep, len(timestep))
+        if key not in self._embedded:
+            embedder = self.transformer.condition_embedder
+            found = type(embedder).forward(embedder, timestep, text, *rest, **options)
+            self._embedded[key] = found[:2]
+        return *self._embedded[key], text, None
 
 
 class _OffsetRope(nn.Module):
