@@ -35,8 +35,11 @@ class CachedModel:
         schedule: Schedule,
         prompts: Sequence[str],
         policy: str | Recompute = "lazy",
+        stage: str = "commit",
     ) -> None:
         self.model, self.schedule, self.policy = model, schedule, policy
+        # the stage that its clean passes are timed as
+        self.stage = stage
         # blocks in the cache, for each sequence
         self.written = [0] * len(prompts)
         model.start(prompts)
@@ -102,6 +105,11 @@ class CachedModel:
                 self.written[row] = index + 1
         return latents
 
+    def forget(self, index: int, rows: Sequence[int]) -> None:
+        """Let block `index` of the sequences `rows` count as unwritten."""
+        for row in rows:
+            self.written[row] = min(self.written[row], index)
+
     def _pending(self, written: int, index: int) -> list[tuple[int, int]]:
         """Return the ranges of blocks in [written, index) that must be written, oldest first."""
         size, _, _, _ = self.model.block_shape
@@ -122,7 +130,9 @@ class CachedModel:
         model = self.model
         rows = None if rows is None else rows.to(model.device)
         clean = (clean if rows is None else clean[rows.to(clean.device)]).to(model.device)
-        with clock.stage("commit", batch * blocks, model.device):
+        # as part of another stage they are no units of it
+        units = batch * blocks if self.stage == "commit" else 0
+        with clock.stage(self.stage, units, model.device):
             model.write(clean, start_frame=start_frame, rows=rows)
 
     def _index(self, group: list[int]) -> Tensor | None:

@@ -101,6 +101,10 @@ class SDVG:
     def _check(self) -> None:
         if self.drafter is None and self.target is None:
             raise ValueError("sdvg: drafter and target must not both be None, got neither")
+        if self.drafter is self.target:
+            raise ValueError(
+                "sdvg: drafter and target must each have a cache of their own, got one model twice"
+            )
         models = [model for model in (self.drafter, self.target) if model is not None]
         shapes = [model.block_shape for model in models]
         if len(set(shapes)) > 1:
@@ -167,7 +171,9 @@ class Generation(Iterator[Block]):
         self._clock = Clock()
         self._drafter = self._target = None
         if sdvg.drafter is not None:
-            self._drafter = CachedModel(sdvg.drafter, sdvg.drafter_schedule, self.prompts)
+            self._drafter = CachedModel(
+                sdvg.drafter, sdvg.drafter_schedule, self.prompts, stage="draft"
+            )
         if sdvg.target is not None:
             self._target = CachedModel(sdvg.target, sdvg.schedule, self.prompts, sdvg.commit)
         # ahead of the verdicts the drafter runs on a stream of its own; an event for each draft
@@ -217,6 +223,9 @@ class Generation(Iterator[Block]):
             # nothing of a decoded draft is kept: the decoder goes on from before it
             frames, state = self._decode(latents, before)
         _require_finite(frames, "decoder", "decode", index)
+        if self._drafter is not None and sdvg.drafter_cache == "synced":
+            # without a clean pass its cache holds the draft that was rejected
+            self._drafter.forget(index, rejected)
 
         seconds = self._clock.end()
         self._states[index + 1] = state

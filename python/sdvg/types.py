@@ -34,7 +34,8 @@ class Block(NamedTuple):
     # [B, F, C, h, w]
     latents: Tensor
     verdicts: tuple[Verdict, ...]
-    # stage -> seconds that this block spent in it: draft, decode, score, route, commit, target
+    # stage -> seconds that this block spent in it: draft (with the drafter's own clean pass),
+    # decode, score, target, commit (the target's clean passes)
     seconds: dict[str, float]
 
 

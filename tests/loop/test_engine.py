@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -81,6 +82,7 @@ def engine(router: object = None, **options: object) -> SDVG:
             {"drafter": ConstantModel(shape=(3, 2, 4, 4))},
             r"share one latent block shape \[F, C, h, w\], got \[3, 2, 4, 4\] and \[3, 2, 2, 2\]",
         ),
+        (dict.fromkeys(("drafter", "target"), ConstantModel()), "got one model twice"),
         ({"scorer": None}, "scorer must be given for the router"),
         ({"commit": "sometimes"}, "commit must be 'lazy', 'eager' or Recompute"),
         ({"drafter_cache": "shared"}, "drafter_cache must be 'own' or 'synced', got 'shared'"),
@@ -239,6 +241,18 @@ def test_summary_counts_what_the_router_decided() -> None:
     measured = run.summary(target_only_seconds=2 * stats.total)
     assert measured.speedup == pytest.approx(2)
     assert measured.speedup_source == "measured"
+
+
+def test_the_drafters_clean_pass_does_not_dilute_the_predicted_speed_up() -> None:
+    class Slow(ConstantModel):
+        def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+            time.sleep(0.01)
+
+    run = engine(Never(), target=Slow(0.75)).generate(["a"], num_blocks=5)
+    list(run)
+    stats = run.summary()
+    assert stats.stages["commit"] >= 0.04
+    assert stats.speedup * stats.total >= 0.04
 
 
 def test_summary_of_draft_only_has_nothing_to_compare_with() -> None:

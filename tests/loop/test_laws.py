@@ -278,6 +278,16 @@ def test_a_synced_drafter_goes_on_from_the_final_blocks(pair: TinyPair) -> None:
     assert not torch.equal(own[1].latents, blocks[1].latents)
 
 
+@pytest.mark.parametrize("clean_pass", [True, False])
+def test_a_synced_drafter_forgets_a_rejected_draft(pair: TinyPair, clean_pass: bool) -> None:
+    """Without a clean pass, a rejected draft's K/V once stayed in its cache."""
+    schedule = Schedule(((1000.0, 400.0),), clean_pass=clean_pass)
+    options = {"schedule": schedule, "drafter_cache": "synced"}
+    drafted = blocks_of(speculate(pair, lambda draft: Stride(2)(draft), **options))
+    undrafted = blocks_of(speculate(pair, Stride(2), **options))
+    assert torch.equal(latents(drafted), latents(undrafted))
+
+
 def test_a_synced_drafter_does_not_draft_what_is_rejected_beforehand(pair: TinyPair) -> None:
     engine = speculate(pair, Stride(3), drafter_cache="synced")
     run = engine.generate(PROMPTS, num_blocks=5, seed=1)
