@@ -345,19 +345,26 @@ def _read(store: Path) -> tuple[object, dict[tuple[int, str], dict[str, float]],
         # a line without its end was cut by a crash
         if not raw.endswith(b"\n"):
             break
-        entry = json.loads(raw)
+        try:
+            entry = json.loads(raw)
+            if settings is None:
+                settings = entry["settings"]
+            else:
+                videos[entry["prompt"], entry["method"]] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"sweep: {store} must be the videos of a sweep, got {raw[:40]!r}; "
+                "give another --out, or remove it to begin anew"
+            ) from error
         length += len(raw)
-        if settings is None:
-            settings = entry["settings"]
-        else:
-            videos[entry["prompt"], entry["method"]] = entry
     return settings, videos, length
 
 
 def _resume(store: Path, settings: Mapping[str, object]) -> dict[tuple[int, str], dict[str, float]]:
     settings = json.loads(json.dumps(settings))
     found, videos, length = _read(store)
-    if found is None:
+    # settings alone: the run failed before its first video
+    if not videos:
         store.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return {}
     if found != settings:

@@ -149,8 +149,23 @@ def test_resumed_sweep_makes_only_what_is_missing(
 
 def test_folder_of_other_settings_is_refused(pair: Pair, tmp_path: Path) -> None:
     settings = {"a": 2, "blocks": 2, "seed": 0}
-    (tmp_path / "videos.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+    video = {"prompt": 0, "method": "target"}
+    lines = [json.dumps(entry) + "\n" for entry in ({"settings": settings}, video)]
+    (tmp_path / "videos.jsonl").write_text("".join(lines))
     with pytest.raises(ValueError, match=r"^sweep: .* was made with another a; give another --out"):
+        run(pair, tmp_path)
+
+
+def test_settings_of_a_run_that_failed_at_once_are_replaced(pair: Pair, tmp_path: Path) -> None:
+    """A wrong option once left a folder that refused the right one."""
+    (tmp_path / "videos.jsonl").write_text(json.dumps({"settings": {"a": 2}}) + "\n")
+    assert len(run(pair, tmp_path, LINES[:2], count=1)) == 2
+
+
+@pytest.mark.parametrize("text", ["garbage", "{}", "[1]"])
+def test_a_file_that_is_no_sweep_is_named(pair: Pair, tmp_path: Path, text: str) -> None:
+    (tmp_path / "videos.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"videos.jsonl must be the videos of a sweep, got b"):
         run(pair, tmp_path)
 
 
