@@ -247,6 +247,10 @@ def _load(args: argparse.Namespace) -> EmbeddedPair:
         raise ValueError(f"threads: must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: must be cpu, cuda, cuda:1, ..., got {device!r}") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: {device} needs a GPU and a CUDA build of torch, got none")
     with suppress(ImportError):

@@ -90,7 +90,8 @@ class Recording:
 
 def sentence(stats: Stats) -> str:
     """Return `stats` in one line."""
-    parts = [f"{stats.frames} frames in {stats.total:.2f} s ({stats.fps:.1f} frames/s)"]
+    batch = f" of {stats.sequences} videos" if stats.sequences > 1 else ""
+    parts = [f"{stats.frames} frames{batch} in {stats.total:.2f} s ({stats.fps:.1f} frames/s)"]
     if stats.acceptance is not None:
         parts.append(f"{stats.acceptance:.0%} of the drafts kept")
     if stats.speedup is not None:

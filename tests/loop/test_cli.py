@@ -185,6 +185,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--schedule fast", f"schedule: preset must be one of {PRESETS}, got 'fast'"),
         ("--commit late", "commit must be 'lazy', 'eager' or Recompute(n), got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),
+        ("--device gpu", "device: must be cpu, cuda, cuda:1, ..., got 'gpu'"),
         ("--threads 0", "threads: must be at least 1, got 0"),
         ("--fps 0", "video: fps must be at least 1, got 0"),
         ("--out a.gif", "output: --out must end in .mp4, got a.gif"),
