@@ -2,7 +2,7 @@
 
 A clip has 1 + 4k frames of 32 x 32 pixels; the digit bounces off the walls. Everything left open
 by the prompt (handwriting, start, direction or speed when unsaid) is read off the block-0 noise
-(`LatentNoise`), so that one noise means one video, whichever model denoises it.
+(`keyed_noise`), so that one noise means one video, whichever model denoises it.
 """
 
 from __future__ import annotations
