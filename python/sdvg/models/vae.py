@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -31,9 +32,12 @@ class StreamingVAE:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, unpatchify
 
         self._unpatchify = unpatchify
+        for module in vae.decoder.modules():
+            if isinstance(module, WanRMS_norm):
+                module.forward = partial(_rms_norm, module)
         self.vae = vae.eval().requires_grad_(False)
         channels = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean).view(channels)
@@ -83,3 +87,15 @@ class StreamingVAE:
             for mine, theirs in zip(draft.features, other.features, strict=True)
         )
         return DecoderState(tuple(features), False)
+
+
+def _rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Return what `WanRMS_norm` does, to rounding.
+
+    It goes through `torch.linalg.vector_norm`, which on a CPU walks the channels of each pixel one
+    by one: a third of the decoder's time.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    power = hidden.square().sum(1 if norm.channel_first else -1, keepdim=True, dtype=wide)
+    out = hidden * (norm.scale / power.sqrt().clamp_min(1e-12)).to(hidden.dtype) * norm.gamma
+    return out + norm.bias if isinstance(norm.bias, Tensor) else out
