@@ -80,6 +80,7 @@ struct Rows {
 
 // cache[b, length + t] = rows[i, t], where accept[i] is not set; what was there goes to saved[i, t]
 // grid: (tiles of a sequence's rows, sequences, layers x {K, V})
+// budget: MoveRows registers 64 (four blocks on a multiprocessor)
 template <class Vec>
 struct MoveRows {
   static constexpr int kPhases = 1;
@@ -123,8 +124,9 @@ struct MoveRows {
 };
 
 // cache[b, length + p] = cache[b, length + path[i, p]]: a block owns some columns of all rows of a
-// sequence's path, and reads every one into shared memory before it writes any grid: (tiles of
-// columns, sequences, layers x {K, V})
+// sequence's path, and reads every one into shared memory before it writes any
+// grid: (tiles of columns, sequences, layers x {K, V})
+// budget: CompactRows registers 64 (four blocks on a multiprocessor)
 template <class Vec>
 struct CompactRows {
   static constexpr int kPhases = 2;
@@ -173,6 +175,7 @@ struct CompactRows {
 };
 
 // lengths[b] += count where accept[i], or += the valid entries of path[i]; one thread a sequence
+// budget: Advance registers 64
 struct Advance {
   static constexpr int kPhases = 1;
 
@@ -199,6 +202,7 @@ struct Advance {
 
 // draft[n][b] = other[n][b] where accept[b] is not set
 // grid: (tiles of all tensors' rows, sequences)
+// budget: SelectRows registers 64 (four blocks on a multiprocessor)
 struct SelectRows {
   static constexpr int kPhases = 1;
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_a_kernel_over_its_budget_says_so(
 def test_spilled_bytes_are_counted_by_width() -> None:
     code = "STL [R1], R2\n LDL.64 R4, [R1]\n STL.128 [R1], R8\n LDL.LU.U8 R0, [R1]\n STS [R1], R2"
     assert codegen._spilled(code) == 4 + 8 + 16 + 1
+
+
+def test_every_cuda_kernel_has_a_budget_beside_it() -> None:
+    for source in codegen._SOURCES.glob("*.cu"):
+        kernels = re.findall(r"struct (\w+) \{\n  static constexpr int kPhases", source.read_text())
+        assert kernels, source.name
+        for kernel in kernels:
+            assert codegen._cuda_budget(f"run_on_device {kernel}").registers < 255, kernel
 
 
 def test_mangled_names_become_readable() -> None:
