@@ -595,6 +595,7 @@ def test_a_graph_replays_on_new_lengths(splits: int | None, random: torch.Genera
         )
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)

@@ -432,6 +432,7 @@ def test_opcheck_passes(op: str, namespace: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("implementation", ["cuda", "reference"])
 def test_a_captured_graph_replays_with_new_decisions(implementation: str) -> None:
     case = CASES[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import ClassVar
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from sdvg_kernels.testing import host_lane_missing, host_lane_order
 
 LANES = ["reference"]
 LANES += [] if host_lane_missing() else ["host"]
-LANES += ["cuda"] if torch.cuda.is_available() else []
 
 
 class Sequence:
@@ -51,6 +51,7 @@ class Lane:
 class CacheMachine(RuleBasedStateMachine):
     """Stages, re-stages, accepts, rejects and compacts blocks of any size, in any sequences."""
 
+    names: ClassVar[list[str]] = LANES
     steps: ClassVar[int] = 0
 
     @initialize(
@@ -80,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.staged: tuple[list[int], list[list[int]], list[list[int]]] | None = None
         k, v = self.stacked([s.held for s in self.sequences])
         lengths = torch.full((batch,), start, dtype=torch.int32)
-        self.lanes = [Lane(name, k, v, lengths) for name in LANES]
+        self.lanes = [Lane(name, k, v, lengths) for name in self.names]
 
     def new(self, count: int) -> list[int]:
         first = len(self.rows)
@@ -210,9 +211,19 @@ class CacheMachine(RuleBasedStateMachine):
                     assert sequence.held[self.slot(token)] == number
 
 
-def test_any_history_leaves_what_plain_lists_say() -> None:
+class GpuCacheMachine(CacheMachine):
+    """The same histories on the GPU."""
+
+    names: ClassVar[list[str]] = ["cuda"]
+    steps: ClassVar[int] = 0
+
+
+@pytest.mark.parametrize(
+    "machine", [CacheMachine, pytest.param(GpuCacheMachine, marks=pytest.mark.gpu)]
+)
+def test_any_history_leaves_what_plain_lists_say(machine: type[CacheMachine]) -> None:
     run_state_machine_as_test(
-        CacheMachine,
+        machine,
         settings=settings(
             max_examples=60,
             stateful_step_count=50,
@@ -220,4 +231,4 @@ def test_any_history_leaves_what_plain_lists_say() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert CacheMachine.steps >= 2000
+    assert machine.steps >= 2000
