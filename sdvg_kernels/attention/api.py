@@ -98,6 +98,8 @@ def block_causal_attention(
     """
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5 if query.shape[-1:] > (0,) else 1.0
+    known = key_bias is None or isinstance(key_bias, KeyBias)
+    _type(known, "key_bias", "be a KeyBias or None", type(key_bias).__name__)
     bias, bias_start, bias_stop = (None, 0, None) if key_bias is None else key_bias
     _check_tensors(query, k_cache, v_cache, cache_seqlens, cache_batch_idx, out)
     _value(0 <= sink < k_cache.shape[1], "sink", "be in [0, S), S the slots", sink)

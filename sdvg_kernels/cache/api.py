@@ -138,6 +138,8 @@ def commit_(
     Mutates: lengths.
     """
     op = "commit_"
+    if lengths.dim() != 1:
+        raise _value(op, "lengths", "be [B]", shape_of(lengths))
     b = _check_lengths(op, lengths, batch_idx, lengths, len(lengths))
     _check_accept(op, accept, b, lengths)
     if count < 0:
@@ -249,6 +251,8 @@ def select_(
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
     """
     op = "select_"
+    if accept.dim() != 1:
+        raise _value(op, "accept", "be [B]", shape_of(accept))
     _check_accept(op, accept, len(accept), accept)
     if len(draft) != len(other):
         raise _value(op, "other", f"hold {len(draft)} tensors as draft", len(other))

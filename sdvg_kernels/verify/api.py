@@ -13,6 +13,7 @@ from sdvg_kernels.verify import reference
 
 _OP = "route_blocks"
 AGGREGATES = ("min", "mean")
+_LARGEST = torch.finfo(torch.float32).max
 _value = functools.partial(require, _OP)
 _type = functools.partial(require_dtype, _OP)
 
@@ -64,10 +65,12 @@ def route_blocks(
     available = _available(device.type)
     chosen = require_implementation(_OP, implementation, available, f"{device.type} tensors")
     per_sequence = isinstance(first, torch.Tensor)
+    # beyond float32: what it rounds to
+    tau = float(tau) if abs(tau) <= _LARGEST else math.copysign(math.inf, tau)
     accept, score = torch.ops.sdvg_kernels.route_blocks(
         frame_rewards,
         first if per_sequence else None,
-        float(tau),
+        tau,
         not per_sequence and bool(first),
         aggregate,
         chosen,

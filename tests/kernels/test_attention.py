@@ -462,6 +462,7 @@ _GOOD = {"query": _QUERY, "k_cache": _CACHE, "v_cache": _CACHE, "cache_seqlens":
             TypeError,
             "cache_batch_idx must be int32, got torch.int64",
         ),
+        ({"key_bias": 0.3}, TypeError, "key_bias must be a KeyBias or None, got float"),
         ({"key_bias": KeyBias(-math.inf)}, ValueError, "key_bias.bias must be finite, got -inf"),
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite, got nan"),
         ({"out": _QUERY[:, :2]}, ValueError, "out must have query's shape, got [2, 2, 4, 64]"),

@@ -605,6 +605,18 @@ i32 = torch.int32
             ValueError,
             "commit_: accept must be [b], contiguous, with b = 3, got [2]",
         ),
+        (
+            "commit_",
+            {"lengths": torch.zeros((), dtype=i32)},
+            ValueError,
+            "commit_: lengths must be [B], got []",
+        ),
+        (
+            "select_",
+            {"accept": torch.tensor(True)},
+            ValueError,
+            "select_: accept must be [B], got []",
+        ),
         ("commit_", {"count": -1}, ValueError, "commit_: count must be at least 0, got -1"),
         (
             "compact_",

@@ -57,7 +57,11 @@ def test_nan_is_rejected_even_at_minus_infinity(aggregate: str, place: int, lane
     assert score.isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("tau", "expected"), [(-math.inf, True), (math.inf, False)])
+@pytest.mark.parametrize(
+    ("tau", "expected"),
+    # the last two are infinite once rounded to float32
+    [(-math.inf, True), (math.inf, False), (-1e300, True), (1e300, False)],
+)
 def test_infinite_thresholds_accept_all_or_nothing(tau: float, expected: bool, lane: Lane) -> None:
     rewards = torch.tensor([[-1e30, 1e30]], device=lane.device)
     accept = route_blocks(rewards, tau, False, implementation=lane.implementation)
