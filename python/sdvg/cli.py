@@ -90,9 +90,13 @@ def generate(args: argparse.Namespace) -> int:
         if not blocks:
             raise KeyboardInterrupt
         stats = video.summary(target_only)
+        versions = env.versions() | {
+            "device": str(pair.target.device),
+            "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
+        }
         for recording in recordings:
             recording.finish(
-                stats, interrupted=interrupted, arguments=_arguments(args), versions=env.versions()
+                stats, interrupted=interrupted, arguments=_arguments(args), versions=versions
             )
         aside.keep()
     for recording in recordings:
@@ -133,6 +137,7 @@ def sweep(args: argparse.Namespace) -> int:
     settings = {
         "weights": digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
         "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
+        "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
         "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class Recompute:
             raise ValueError(f"commit: frames must be at least 1, got {self.frames}")
 
 
+# who may use a model's cache: the generation that started it last
+_HOLDERS: weakref.WeakKeyDictionary[CausalModel, weakref.ref[CachedModel]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 class CachedModel:
     """A model, and how much of each sequence its cache holds."""
 
@@ -43,6 +50,7 @@ class CachedModel:
         # blocks in the cache, for each sequence
         self.written = [0] * len(prompts)
         model.start(prompts)
+        _HOLDERS[model] = weakref.ref(self)
 
     def catch_up(
         self,
@@ -56,6 +64,7 @@ class CachedModel:
         All pending blocks of a sequence go through the model in one multi-block clean pass. Those
         that can no longer change what `index` sees, through any number of layers, are left out.
         """
+        self._require_held()
         size, _, _, _ = self.model.block_shape
         if isinstance(self.policy, Recompute):
             first = max(0, index - math.ceil(self.policy.frames / size))
@@ -83,6 +92,7 @@ class CachedModel:
         sequences: tuple[int, ...],
     ) -> Tensor:
         """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise keyed by it."""
+        self._require_held()
         model, shape = self.model, self.model.block_shape
         wide = torch.promote_types(model.dtype, torch.float32)
         ids = sequences if rows is None else tuple(sequences[row] for row in rows.tolist())
@@ -109,6 +119,13 @@ class CachedModel:
         """Let block `index` of the sequences `rows` count as unwritten."""
         for row in rows:
             self.written[row] = min(self.written[row], index)
+
+    def _require_held(self) -> None:
+        if _HOLDERS[self.model]() is not self:
+            raise RuntimeError(
+                "sdvg: the model's cache belongs to a generation that was started later; "
+                "finish one before the next, or load a second pair of models"
+            )
 
     def _pending(self, written: int, index: int) -> list[tuple[int, int]]:
         """Return the ranges of blocks in [written, index) that must be written, oldest first."""

@@ -92,7 +92,8 @@ class SDVG:
         """Return an iterator over `num_blocks` blocks of one video for each prompt.
 
         `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a
-        video is the same alone and in any batch. The models hold one generation at a time.
+        video is the same alone and in any batch. The models hold one generation at a time: going
+        on with an older one raises RuntimeError.
 
         Raises ValueError for no prompt, an empty prompt, or fewer than one block.
         """
@@ -120,6 +121,11 @@ class SDVG:
         if not isinstance(self.commit, Recompute) and self.commit not in ("lazy", "eager"):
             raise ValueError(
                 f"sdvg: commit must be 'lazy', 'eager' or Recompute(n), got {self.commit!r}"
+            )
+        if isinstance(self.commit, Recompute) and self.commit.frames % shapes[0][0]:
+            raise ValueError(
+                f"sdvg: Recompute must hold whole blocks of {shapes[0][0]} frames, "
+                f"got {self.commit.frames}"
             )
         if self.drafter_cache not in ("own", "synced"):
             raise ValueError(
@@ -215,6 +221,7 @@ class Generation(Iterator[Block]):
             repaired = self._repair(index, rows)
             latents = draft.index_copy(0, rows, repaired)
             if frames is not None:
+                rows = rows.to(frames.device)
                 restored = sdvg.decoder.take(before, rows)
                 repaired_frames, repaired_state = self._decode(repaired, restored)
                 frames = frames.index_copy(0, rows, repaired_frames)

@@ -298,9 +298,9 @@ def plot(rows: Sequence[Row]) -> Figure:
 
 
 def digest(folder: Path) -> str:
-    """Return 12 hex digits that name the weights in `folder`: its safetensors files."""
+    """Return 12 hex digits that name the models in `folder`: weights, configs and tokenizer."""
     whole = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
         whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return whole.hexdigest()[:12]
 

@@ -86,6 +86,7 @@ def engine(router: object = None, **options: object) -> SDVG:
         ({"scorer": None}, "scorer must be given for the router"),
         ({"commit": "sometimes"}, "commit must be 'lazy', 'eager' or Recompute"),
         ({"drafter_cache": "shared"}, "drafter_cache must be 'own' or 'synced', got 'shared'"),
+        ({"commit": Recompute(4)}, "Recompute must hold whole blocks of 3 frames, got 4"),
         ({"run_ahead": -1}, "run_ahead must be 0"),
         ({"run_ahead": 1, "drafter_cache": "synced"}, "run_ahead must be 0 unless"),
         ({"schedule": "fast"}, "preset must be one of self_forcing, krea, diagonal, got 'fast'"),
@@ -277,3 +278,13 @@ def test_presets_are_the_published_timesteps() -> None:
     assert [len(diagonal.steps(block)) for block in range(4)] == [4, 3, 2, 2]
     assert diagonal.steps(5) == pytest.approx((1000, 357.142857))
     assert not diagonal.clean_pass
+
+
+def test_going_on_with_an_older_generation_is_refused() -> None:
+    loop = engine()
+    older = loop.generate(["a"], num_blocks=3)
+    next(older)
+    newer = loop.generate(["b"], num_blocks=3)
+    with pytest.raises(RuntimeError, match="belongs to a generation that was started later"):
+        next(older)
+    assert len(list(newer)) == 3

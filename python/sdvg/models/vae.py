@@ -46,6 +46,11 @@ class StreamingVAE:
         vae.clear_cache()
         self._convolutions = vae._conv_num
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in."""
+        return self.vae.post_quant_conv.weight.dtype
+
     def start(self, batch: int) -> DecoderState:
         """Return the state before the first block; it serves any batch."""
         return DecoderState((None,) * self._convolutions, True)
