@@ -15,8 +15,9 @@ pytest.importorskip("diffusers", reason="the embedded models are diffusers' clas
 pytest.importorskip("transformers", reason="the text encoder is a transformers class")
 
 from sdvg.models import embedded
+from sdvg.models.embedded.classifier import centroids
 from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS, SPEEDS, Request, parse_prompt
-from sdvg.models.embedded.quality import Judge, centroids, quality
+from sdvg.models.embedded.quality import Judge, quality
 from sdvg.models.wan import CausalWan
 
 

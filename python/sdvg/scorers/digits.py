@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,45 +11,25 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdvg.models.embedded.classifier import DigitClassifier
 from sdvg.models.embedded.prompts import parse_prompt
-
-
-class FrameNet(nn.Module):
-    """A small convolutional net: grey frames ``[N, 32, 32]`` in [0, 1] -> ``[N, outputs]``."""
-
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
-        widths = (1, width, 2 * width, 4 * width, 4 * width)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, stride=1 if i == 0 else 2)
-            for i, (a, b) in enumerate(pairwise(widths))
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in widths[1:])
-        self.head = nn.Linear(4 * width, outputs)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Return logits ``[n, outputs]`` of grey frames ``[n, 32, 32]``."""
-        x = frames[:, None]
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.silu(norm(layer(x)))
-        # the digit may be anywhere: the strongest response counts
-        return self.head(x.amax((2, 3)))
 
 
 class DigitsReward(nn.Module):
     """A `Scorer` (see `sdvg.types`) for the embedded models.
 
-    ``reward(frames [B, N, 3, H, W] in [0, 1], prompts) -> [B, N]`` float32. For each frame the net
-    gives a logit for each digit class: how far the frame is from spoilt (noise, blur, ghosts,
-    parts missing, another digit). The reward is the logit of the digit that the prompt names, the
-    highest one if it names none, shifted and scaled to mean 0 and deviation 1 over the drafter's
-    frames. Frames of another size are resized to 32 x 32.
+    ``reward(frames [B, N, 3, H, W] in [0, 1], prompts) -> [B, N]`` float32. The net sees the
+    surroundings of each frame's centre of brightness and gives a probability to each digit and to
+    "spoilt" (noise, blur, ghosts, parts missing, two digits in one). The reward is the
+    log-probability of the digit that the prompt names, of the likeliest one if it names none, no
+    lower than -8, shifted and scaled to mean 0 and deviation 1 over a drafter's frames. Frames of
+    another size are resized to 32 x 32.
     """
 
-    def __init__(self, width: int = 16, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(self, width: int = 14, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         self.width, self.mean, self.std = width, mean, std
-        self.net = FrameNet(width, 10)
+        self.net = DigitClassifier(width)
 
     @torch.no_grad()
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -68,11 +47,16 @@ class DigitsReward(nn.Module):
         grey = frames.to(weight.device, weight.dtype).mean(2)
         if grey.shape[-2:] != (32, 32):
             grey = F.interpolate(grey, (32, 32), mode="bilinear", antialias=True)
-        logits = self.net(grey.flatten(0, 1)).unflatten(0, grey.shape[:2]).float()
+        scores = (
+            self.net(grey.flatten(0, 1))
+            .log_softmax(-1)[:, :10]
+            .clamp(-8)
+            .unflatten(0, grey.shape[:2])
+        )
         asked = [parse_prompt(prompt).digit for prompt in prompts]
         rows = [
             row.amax(-1) if digit is None else row[:, digit]
-            for row, digit in zip(logits, asked, strict=True)
+            for row, digit in zip(scores, asked, strict=True)
         ]
         return (torch.stack(rows) - self.mean) / self.std
 

@@ -30,7 +30,7 @@ STEPS = {
     "text": 900,
     "base": 2400,
     "target": 480,
-    "drafter": 2400,
+    "drafter": 3000,
     "scorer": 1200,
     "judge": 1200,
 }
@@ -79,9 +79,9 @@ def _run(stage: str, options: argparse.Namespace) -> None:
             lr = 1e-3 if stage == "target" else 2e-3
             model = transformer.train(stage, *data, start=base, lr=lr, **common)
             _save(model, out / ("transformer" if stage == "target" else "drafter"))
-            _index(out)
+        _index(out)
     elif stage == "scorer":
-        reward = critics.train_scorer(_vae(out), options.runs, **common)
+        reward = critics.train_scorer(options.runs, **common)
         critics.calibrate(reward, *_drafts(out))
         reward.save_pretrained(out / "scorer")
     else:
