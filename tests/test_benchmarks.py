@@ -169,7 +169,7 @@ def test_a_benchmark_that_hangs_is_ended() -> None:
 
 
 def test_all_budgets_together_leave_time_for_the_gpu_tests() -> None:
-    assert sum(run_all.BUDGETS.values()) <= 6 * 60
+    assert sum(run_all.BUDGETS.values()) <= 4 * 60
 
 
 def test_without_git_the_version_follows_the_sources(
