@@ -36,6 +36,9 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED = triton.knobs.runtime.interpret
 # lengths, windows and their differences stay within int32
 _NO_WINDOW = 2**30
+# one compilation serves all sizes; strides stay specialised, loads are as wide as they are aligned
+_SIZES = ("B", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
+_SIZES += ("num_splits",)
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def _attend(
     return b_n, b_l, b_o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def attention_kernel(
     query,
     k_cache,
@@ -298,7 +301,7 @@ def attention_kernel(
         tl.store(p_lse, b_lse, mask=m_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("B", "T", "H", "num_splits"))
 def combine_kernel(
     part,
     part_lse,
@@ -487,8 +490,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     stride = ("stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_ks", "stride_kh")
     stride += ("stride_vb", "stride_vs", "stride_vh", "stride_ob", "stride_ot", "stride_oh")
     stride += ("stride_on",)
-    integers = (*stride, "B", "T", "S", "H", "block_size", "sink", "window")
-    integers += ("bias_start", "bias_stop", "num_splits")
+    integers = (*stride, *_SIZES)
     tensors = ("query", "k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "out", "lse")
     types = {"cache_seqlens": "*i32", "cache_batch_idx": "*i32", "lse": "*fp32"}
     types |= {"scale": "fp32", "bias": "fp32"} | dict.fromkeys(integers, "i32")
@@ -520,8 +522,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                     "BIAS_TO_BLOCK": full,
                     "UPCAST_DOT": False,
                 }
-                # a launch makes a constant of an integer that is 1
-                | ({} if full else {"cache_batch_idx": None, "num_splits": 1, "B": 1}),
+                | ({} if full else {"cache_batch_idx": None}),
                 divisible=(*tensors, *stride),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
