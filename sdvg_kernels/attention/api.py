@@ -77,6 +77,7 @@ def block_causal_attention(
         block_size: tokens of a block, counted from the first row; None: the query is one block.
         sink: first tokens that are never evicted, `0 <= sink < S`.
         window: tokens that a block sees beside the sink, itself included; None: all that is held.
+            With block_size at least `min(block_size, T)`: a block sees itself.
         cache_batch_idx: [B] int32, the cache row of each sequence; None: row b, and `Bc == B`.
         softmax_scale: factor on the logits; None: `D ** -0.5`.
         key_bias: a log-bias on a range of keys.
@@ -105,11 +106,16 @@ def block_causal_attention(
     _value(0 <= sink < k_cache.shape[1], "sink", "be in [0, S), S the slots", sink)
     _value(window is None or window >= 1, "window", "be at least 1 or None", window)
     _value(block_size is None or block_size >= 1, "block_size", "be at least 1 or None", block_size)
+    if window is not None and block_size is not None:
+        own = min(block_size, query.shape[1])
+        _value(window >= own, "window", f"cover a block of {own} tokens", window)
     _value(num_splits is None or num_splits >= 1, "num_splits", "be at least 1 or None", num_splits)
     _value(bias is None or math.isfinite(bias), "key_bias.bias", "be finite", bias)
     _value(math.isfinite(softmax_scale), "softmax_scale", "be finite", softmax_scale)
     device, dim = query.device.type, query.shape[3]
     available = _available(device, dim, query.dtype)
+    if implementation is None and (reason := next(iter(available.values()))):
+        _warn_once(device, reason)
     where = f"{device} tensors of head dim {dim} and {query.dtype}"
     arguments = (
         query,
@@ -199,9 +205,12 @@ def _available(device: str, dim: int, dtype: torch.dtype) -> dict[str, str]:
     if device == "cpu":
         # the interpreter is for tests: never the default
         return {"reference": "", "triton": reason}
-    if reason:
-        _LOG.warning("%s: the reference serves %s tensors here: %s", _OP, device, reason)
     return {"triton": reason, "reference": ""}
+
+
+@functools.cache
+def _warn_once(device: str, reason: str) -> None:
+    _LOG.warning("%s: the reference serves %s tensors here: %s", _OP, device, reason)
 
 
 def implementations() -> dict[str, str]:

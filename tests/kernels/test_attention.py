@@ -450,6 +450,11 @@ _GOOD = {"query": _QUERY, "k_cache": _CACHE, "v_cache": _CACHE, "cache_seqlens":
         ),
         ({"sink": 8}, ValueError, "sink must be in [0, S), S the slots, got 8"),
         ({"window": 0}, ValueError, "window must be at least 1 or None, got 0"),
+        (
+            {"window": 2, "block_size": 16},
+            ValueError,
+            "window must cover a block of 3 tokens, got 2",
+        ),
         ({"block_size": 0}, ValueError, "block_size must be at least 1 or None, got 0"),
         ({"num_splits": 0}, ValueError, "num_splits must be at least 1 or None, got 0"),
         (
@@ -629,6 +634,20 @@ def test_nothing_is_read_back_from_the_gpu(implementation: str, random: torch.Ge
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_only_an_unasked_reference_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = {"triton": "no Triton here", "reference": ""}
+    monkeypatch.setattr(api, "_available", lambda *_: served)
+    api._warn_once.cache_clear()
+    block_causal_attention(_QUERY, _CACHE, _CACHE, _LENGTHS, implementation="reference")
+    assert not caplog.messages
+    for _ in range(2):
+        block_causal_attention(_QUERY, _CACHE, _CACHE, _LENGTHS)
+    (said,) = caplog.messages
+    assert said.endswith("the reference serves cpu tensors here: no Triton here")
 
 
 def test_import_needs_no_triton() -> None:
