@@ -13,6 +13,10 @@ counts committed tokens. A call for some sequences only names them in `batch_idx
 int64, distinct); row i of the other arguments then belongs to sequence batch_idx[i]. Any dtype is
 moved, bit for bit.
 
+Values are preconditions: batch_idx distinct and in range, lengths at least 0, a path's offsets
+within the ring. Broken, they are a ValueError on the CPU, undefined in the reference on CUDA, an
+error of the host lane (which does not see a repeated sequence), and a device trap of the kernels.
+
 Every function can be captured in a CUDA graph, reads no device memory on the host, is
 deterministic, and takes `implementation`: None (the best one here), "cuda", or "reference". An
 implementation asked for by name never falls back.
@@ -112,6 +116,7 @@ def stage_(
     undo_k: list[torch.Tensor] = []
     undo_v: list[torch.Tensor] = []
     if undo is not None:
+        _check_pair(op, undo)
         undo_k, _ = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink, tokens)
         undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
     run = _choose(op, k[0], implementation)
@@ -177,6 +182,7 @@ def rollback_(
     k, v, sizes = _caches(op, k_cache, v_cache, sink)
     b = _check_lengths(op, lengths, batch_idx, k[0], sizes[1])
     _check_accept(op, accept, b, lengths)
+    _check_pair(op, undo)
     undo_k, tokens = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink)
     undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
     run = _choose(op, k[0], implementation)
@@ -243,7 +249,7 @@ def select_(
 
     Arguments:
         accept: `[B]` bool.
-        draft: tensors `[B, ...]` of any shapes and dtypes, each row contiguous.
+        draft: tensors `[B, ...]` of any shapes and dtypes, each row contiguous, none overlapping.
         other: as many tensors, alike in shape and dtype.
 
     Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
@@ -271,6 +277,10 @@ def select_(
             if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
                 got, remedy = f"strides {list(tensor.stride())}", "make it with .contiguous()"
                 raise _value(op, argument, "have contiguous rows", got, remedy)
+        kept = pair[0]
+        if len(accept) > 1 and kept.numel() and kept.stride(0) < kept[0].numel():
+            got, remedy = f"strides {list(kept.stride())}", "make it with .contiguous()"
+            raise _value(op, f"draft[{n}]", "have rows that do not overlap", got, remedy)
     if draft:
         _choose(op, accept, implementation)(accept, list(draft), list(other))
 
@@ -401,6 +411,12 @@ def _check_lengths(
     if batch_idx.device != like.device:
         raise _value(op, "batch_idx", f"be on {like.device} as lengths", batch_idx.device)
     return batch_idx.shape[0]
+
+
+def _check_pair(op: str, undo: object) -> None:
+    if not isinstance(undo, tuple | list) or len(undo) != 2:
+        got = len(undo) if isinstance(undo, tuple | list) else type(undo).__name__
+        raise _value(op, "undo", "be a pair (undo_k, undo_v)", got)
 
 
 def _check_accept(op: str, accept: torch.Tensor, b: int, like: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """The cache ops in eager PyTorch: the definition of truth, and what runs on the CPU.
 
 A cache is a list of tensors, each `[layers, B, S, H, D]` or one layer's `[B, S, H, D]`. Nothing
-here reads a value on the host, so the same functions may be captured in a CUDA graph.
+here reads a value from a GPU, so the same functions may be captured in a CUDA graph; values on the
+CPU are free to read, and checked.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def stage_(
     sink: int,
 ) -> None:
     """Write the rows after `lengths`; with undo tensors, save what was there first."""
+    _check_values("stage_", lengths, batch_idx)
     where = _where(k_cache, lengths, batch_idx, key[0].shape[-3], sink)
     for caches, rows, undo in ((k_cache, key, undo_k), (v_cache, value, undo_v)):
         if undo:
@@ -44,6 +46,7 @@ def commit_(
     lengths: torch.Tensor, accept: torch.Tensor, batch_idx: torch.Tensor | None, count: int
 ) -> None:
     """Add `count` to the lengths of the accepted sequences."""
+    _check_values("commit_", lengths, batch_idx)
     if batch_idx is None:
         lengths.add_(accept, alpha=count)
     else:
@@ -61,6 +64,7 @@ def rollback_(
     sink: int,
 ) -> None:
     """Put the undo rows back for the sequences that were not accepted."""
+    _check_values("rollback_", lengths, batch_idx)
     where = _where(k_cache, lengths, batch_idx, undo_k[0].shape[-3], sink)
     keep = accept[:, None, None, None]
     for caches, undo in ((k_cache, undo_k), (v_cache, undo_v)):
@@ -77,6 +81,11 @@ def compact_(
     sink: int,
 ) -> None:
     """Move row `lengths + path[i]` to `lengths + i` for each valid i; advance `lengths`."""
+    _check_values("compact_", lengths, batch_idx)
+    size = k_cache[0].shape[-3] - sink
+    if path.is_cpu and path.numel() and (most := int(path.max())) >= size:
+        rule = f"stay within the ring, below S - sink = {size}"
+        raise ValueError(f"compact_: path must {rule}, got {most}")
     batch, target = _where(k_cache, lengths, batch_idx, path.shape[1], sink)
     valid = path >= 0
     source = slots_of(lengths[batch] + path.clamp(min=0), sink, k_cache[0].shape[-3])
@@ -94,6 +103,22 @@ def select_(accept: torch.Tensor, draft: Tensors, other: Tensors) -> None:
     for kept, replacement in zip(map(_bits, draft), map(_bits, other), strict=True):
         shaped = accept.view(-1, *[1] * (kept.dim() - 1))
         torch.where(shaped, kept, replacement, out=kept)
+
+
+def _check_values(op: str, lengths: torch.Tensor, batch_idx: torch.Tensor | None) -> None:
+    """On the CPU, raise unless the call names sequences of the cache, each once, of length >= 0."""
+    if not lengths.is_cpu:
+        return
+    held = lengths.tolist()
+    if batch_idx is not None:
+        left = dict(enumerate(held))
+        try:
+            held = [left.pop(b) for b in batch_idx.tolist()]
+        except KeyError as error:
+            rule = f"name distinct sequences of the cache, below B = {len(lengths)}"
+            raise ValueError(f"{op}: batch_idx must {rule}, got {batch_idx.tolist()}") from error
+    if held and min(held) < 0:
+        raise ValueError(f"{op}: lengths must be at least 0, got {min(held)}")
 
 
 def _where(

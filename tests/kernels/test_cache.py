@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -726,3 +727,43 @@ def test_implementations_name_the_reason() -> None:
     assert found["reference"] == ""
     if not torch.cuda.is_available():
         assert found["cuda"] == "torch finds no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"batch_idx": torch.tensor([1, 1])},
+            "stage_: batch_idx must name distinct sequences of the cache, below B = 2, got [1, 1]",
+        ),
+        (
+            {"batch_idx": torch.tensor([0, 2])},
+            "stage_: batch_idx must name distinct sequences of the cache, below B = 2, got [0, 2]",
+        ),
+        (
+            {"lengths": torch.tensor([0, -1], dtype=torch.int32)},
+            "stage_: lengths must be at least 0, got -1",
+        ),
+        ({"undo": torch.zeros(2)}, "stage_: undo must be a pair (undo_k, undo_v), got Tensor"),
+    ],
+)
+def test_broken_preconditions_are_one_sentence_on_the_cpu(
+    change: dict[str, object], text: str
+) -> None:
+    cache, rows = torch.zeros(1, 2, 4, 1, 8), torch.zeros(1, 2, 3, 1, 8)
+    given = {"lengths": torch.zeros(2, dtype=torch.int32), "implementation": "reference"} | change
+    with pytest.raises(ValueError, match=re.escape(text)):
+        sdvg_kernels.stage_(cache, cache.clone(), rows, rows, **given)
+
+
+def test_a_path_beyond_the_ring_is_one_sentence_on_the_cpu() -> None:
+    cache, path = torch.zeros(1, 1, 4, 1, 8), torch.tensor([[0, 3]], dtype=torch.int32)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="path must stay within the ring, below S - sink = 3"):
+        sdvg_kernels.compact_(cache, cache.clone(), lengths, path, sink=1)
+
+
+def test_select_refuses_a_draft_whose_rows_overlap() -> None:
+    accept, row = torch.zeros(2, dtype=torch.bool), torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=r"draft\[0\] must have rows that do not overlap"):
+        sdvg_kernels.select_(accept, [row.expand(2, 4)], [torch.ones(2, 4)])
