@@ -130,7 +130,7 @@ def test_unusual_prompts_do_not_fail(pair: embedded.EmbeddedPair) -> None:
 def test_the_autoencoder_streams(
     pair: embedded.EmbeddedPair, clips: tuple[Tensor, list[str]]
 ) -> None:
-    video = (clips[0][:2, :33] * 2 - 1).transpose(1, 2)
+    video = (clips[0][:1, :33] * 2 - 1).transpose(1, 2)
     vae = pair.decoder.vae
     with torch.no_grad():
         raw = vae.encode(video).latent_dist.mode()
@@ -139,14 +139,14 @@ def test_the_autoencoder_streams(
     mean, std = (
         torch.tensor(v).view(shape) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
-    state, parts = pair.decoder.start(2), []
+    state, parts = pair.decoder.start(1), []
     for block in ((raw - mean) / std).transpose(1, 2).split(3, 1):
         frames, state = pair.decoder.decode(block, state)
         parts.append(frames)
     assert [part.shape[1] for part in parts] == [9, 12, 12]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-5, rtol=0)
     # and the video comes back: half a percent of the square of the range
-    assert (whole - clips[0][:2, :33]).square().mean() < 0.005
+    assert (whole - clips[0][:1, :33]).square().mean() < 0.005
 
 
 def test_reward_falls_with_every_kind_of_spoiling(
