@@ -249,6 +249,22 @@ def test_training_forward_is_the_cached_forward() -> None:
         cached.write(clean[:, :, part].transpose(1, 2), start_frame=3 * block)
 
 
+def test_the_target_begins_as_its_base(tmp_path: Path) -> None:
+    from sdvg.train import transformer
+
+    base, target = transformer.build("base").eval(), transformer.build("target").eval()
+    transformer._grow(target, base)
+    latents, text = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 24, 128)
+    with torch.no_grad():
+        small, large = (
+            model(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+            for model in (base, target)
+        )
+    assert torch.equal(small, large)
+    with pytest.raises(ValueError, match=r"base.pt must exist, which stage base writes"):
+        transformer.load_base(tmp_path)
+
+
 def test_keyed_noise_is_still_white(clips: tuple[Tensor, list[str]]) -> None:
     from sdvg.train.data import keyed_noise, load_scans, sample_motions
 

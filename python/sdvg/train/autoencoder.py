@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from sdvg.train.data import CLIP_FRAMES, load_scans, render, sample_motions, to_video
 from sdvg.train.loop import fit
@@ -104,9 +102,6 @@ def _clips(images: torch.Tensor, n: int, frames: int, g: torch.Generator) -> tor
     return to_video(render(images[chosen], centres[torch.arange(n)[:, None], index]))
 
 
-Normalise = Callable[[torch.Tensor], torch.Tensor]
-
-
 def statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
     """Latent mean and deviation ``[1, 16, 1, 1, 1]`` from the config."""
     shape = (1, -1, 1, 1, 1)
@@ -114,10 +109,3 @@ def statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
         torch.tensor(vae.config.latents_mean).view(shape),
         torch.tensor(vae.config.latents_std).view(shape),
     )
-
-
-def decode_normalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Frames ``[N, T, 3, 32, 32]`` in [0, 1] of normalised latents ``[N, 16, 1 + k, 4, 4]``."""
-    mean, std = statistics(vae)
-    video = decode(vae, latents * std + mean)
-    return F.hardtanh(video).add(1).div(2).transpose(1, 2)

@@ -75,8 +75,7 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         if stage == "base":
             transformer.train(stage, *data, **common)
         else:
-            # finished: this only reads its checkpoint
-            base = transformer.train("base", *data, steps=STEPS["base"], resume=True)
+            base = transformer.load_base(options.runs)
             if stage == "target":
                 model = transformer.train(stage, *data, start=base, lr=1e-3, **common)
             else:

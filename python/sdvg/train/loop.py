@@ -77,7 +77,6 @@ def fit(
     warmup: int = 50,
     ema: float | None = 0.995,
     save_every: int = 100,
-    report: Callable[[nn.Module, int], None] | None = None,
 ) -> nn.Module:
     """The trained module (its moving average when ``ema`` is a decay), in eval mode.
 
@@ -85,7 +84,7 @@ def fit(
     gets a generator seeded by ``(seed, i)``, so a resumed run equals an unbroken one. Writes
     ``runs/<name>.pt`` (checkpoint, every ``save_every`` steps, written aside and renamed) and
     ``runs/<name>.csv`` (step, seconds, lr, losses). The learning rate warms up, stays, and falls
-    linearly over the last 40 %. ``report(average, step)`` runs at each checkpoint.
+    linearly over the last 40 %.
     """
     runs.mkdir(parents=True, exist_ok=True)
     path, log = runs / f"{name}.pt", runs / f"{name}.csv"
@@ -158,7 +157,4 @@ def fit(
                     writer = csv.DictWriter(f, fieldnames=list(rows[-1]))
                     writer.writeheader()
                     writer.writerows(rows)
-            if report is not None:
-                average.eval()
-                report(average, step + 1)
     return average.eval()

@@ -283,6 +283,16 @@ def train(
     return fit(name, model, loss, steps=steps, lr=lr, runs=runs, resume=resume, seed=seed, ema=0.99)
 
 
+def load_base(runs: Path) -> WanTransformer3DModel:
+    """The trained base from its checkpoint; ValueError where stage ``base`` has not run."""
+    path = runs / "base.pt"
+    if not path.exists():
+        raise ValueError(f"train: {path} must exist, which stage base writes; run that stage first")
+    base = build("base")
+    base.load_state_dict(torch.load(path, weights_only=True)["average"])
+    return base.eval()
+
+
 @torch.no_grad()
 def _grow(model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
     """Make ``model`` equal to ``base``, with silent copies of layers behind their originals."""
