@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdvg import SDVG, Always, Block, Never, Random, Recompute, Reward, Schedule, Stride
 from sdvg.models.wan import CausalWan
+from sdvg.noise import normal
 from tests.tiny import (
     TAU,
     BrightnessScorer,
@@ -165,6 +166,74 @@ def test_an_interrupted_and_resumed_iterator_gives_one_run_bitwise(
         assert interrupts == 1
         assert torch.equal(video(blocks), video(whole)), f"interrupted at call {at}"
         assert verdicts(blocks) == verdicts(whole)
+
+
+@pytest.mark.parametrize("router", [Always(), Reward(TAU)], ids=repr)
+def test_eager_commit_writes_each_block_once_before_the_next(
+    pair: TinyPair, router: object
+) -> None:
+    """Also where every draft is kept, so that nothing is repaired."""
+    target = tiny_wan(seed=2)
+    written: list[tuple[int, Tensor]] = []
+    write = target.write
+
+    def record(clean: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+        written.append((start_frame, clean))
+        assert rows is None
+        write(clean, start_frame=start_frame, rows=rows)
+
+    target.write = record
+    engine = speculate(pair._replace(target=target), router, commit="eager")
+    blocks = []
+    for block in engine.generate(PROMPTS, num_blocks=5, seed=11):
+        assert [start for start, _ in written] == [3 * before.index for before in blocks]
+        blocks.append(block)
+    for block, (_, clean) in zip(blocks, written, strict=False):
+        assert torch.equal(clean, block.latents)
+
+
+def test_each_denoising_step_adds_the_noise_of_its_own_step(pair: TinyPair) -> None:
+    target = tiny_wan(seed=2)
+    calls: list[tuple[float, Tensor, Tensor]] = []
+    denoise = target.denoise
+
+    def record(x: Tensor, timestep: float, **options: object) -> Tensor:
+        out = denoise(x, timestep, **options)
+        calls.append((timestep / 1000, x, out))
+        return out
+
+    target.denoise = record
+    blocks_of(SDVG(None, target, pair.decoder), PROMPTS[:2], num_blocks=2, sequences=[4, 9])
+    noises = []
+    for call, (sigma, x, _) in enumerate(calls):
+        block, step = divmod(call, 4)
+        drawn = normal(target.block_shape, seed=11, sequences=(4, 9), block=block, step=step)
+        before = (1 - sigma) * calls[call - 1][2] if step else 0
+        assert torch.equal(x, before + sigma * drawn)
+        noises += drawn
+    # block, step and sequence: no two share their noise
+    assert len(noises) == len(torch.stack(noises).unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("frames", [3, 6])
+def test_recompute_sees_the_last_latents_and_nothing_else(pair: TinyPair, frames: int) -> None:
+    """Drafts and a first block of the target: block 3 is made anew from what stands before it."""
+    engine = speculate(pair, Stride(3), commit=Recompute(frames))
+    final = latents(blocks_of(engine, num_blocks=4))
+    target = tiny_wan(seed=2)
+    target.start(PROMPTS)
+    target.write(final[:, 9 - frames : 9], start_frame=0)
+
+    def draw(step: int) -> Tensor:
+        return normal(target.block_shape, seed=11, sequences=(0, 1, 2), block=3, step=step)
+
+    expected = draw(0)
+    for step, timestep in enumerate(engine.schedule.steps(3)):
+        if step:
+            sigma = timestep / 1000
+            expected = (1 - sigma) * expected + sigma * draw(step)
+        expected = target.denoise(expected, timestep, start_frame=frames)
+    assert torch.equal(final[:, 9:], expected)
 
 
 @pytest.mark.parametrize("drafter_cache", ["own", "synced"])
