@@ -22,7 +22,7 @@ from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
-from sdvg.schedule import preset
+from sdvg.schedule import Schedule, preset
 from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, digest, methods
 from sdvg.sweep import sweep as run_sweep
 from sdvg.sweep import write as write_sweep
@@ -63,10 +63,11 @@ def generate(args: argparse.Namespace) -> int:
             for row, (path, prompt) in enumerate(zip(paths, args.prompt, strict=True))
         ]
         pair = _load(args)
-        _warn_of_unknown_words(args.weights or embedded.WEIGHTS, args.prompt)
+        _warn_of_prompts(args.weights or embedded.WEIGHTS, args.prompt)
         loop = SDVG(
             pair.drafter, pair.target, pair.decoder, pair.scorer, router,
             schedule=schedule, force_first=args.force_first, commit=commit,
+            drafter_schedule=_drafting(args, schedule),
             drafter_cache=args.drafter_cache, run_ahead=args.run_ahead,
         )  # fmt: skip
         alone = SDVG(None, pair.target, pair.decoder, schedule=schedule, commit=commit)
@@ -126,38 +127,44 @@ def sweep(args: argparse.Namespace) -> int:
     count = (8 if args.quick else 100) if args.prompts is None else args.prompts
     options = {
         "schedule": preset(args.schedule), "commit": _commit(args.commit),
+        "drafter_schedule": _drafting(args, preset(args.schedule)),
         "drafter_cache": args.drafter_cache,
     }  # fmt: skip
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output: {args.out} cannot be made: {error.strerror.lower()}") from error
-    pair = _load(args)
-    machine = env.gpu() if pair.target.device.type == "cuda" else env.processor()
-    settings = {
-        "weights": digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
-        "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
-        "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
-        "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
     try:
+        pair = _load(args)
+        machine = env.gpu() if pair.target.device.type == "cuda" else env.processor()
+        settings = {
+            "weights": digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
+            "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
+            "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
+            "drafter timesteps": args.drafter_timesteps or "the schedule's",
+            "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
         rows = run_sweep(
             pair, embedded.quality, args.out, lines=lines, count=count, blocks=args.blocks,
             seed=args.seed, settings=settings, **options,
         )  # fmt: skip
+        about = (
+            f"{count} prompts, {args.blocks} blocks each, seed {args.seed}; "
+            + ", ".join(f"{name} {value}" for name, value in settings.items())
+            + ". Made by `sdvg sweep`."
+        )
+        print(*write_sweep(args.out, rows, lines, about), sep="\n")
     except KeyboardInterrupt:
+        store = args.out / "videos.jsonl"
+        # its first line holds the settings
+        if not store.is_file() or store.read_bytes().count(b"\n") < 2:
+            raise
         print(
-            f"sdvg: interrupted; the finished videos are kept in {args.out / 'videos.jsonl'}, "
+            f"sdvg: interrupted; the finished videos are kept in {store}, "
             "and the same command goes on from there",
             file=sys.stderr,
         )
         return 130
-    about = (
-        f"{count} prompts, {args.blocks} blocks each, seed {args.seed}; "
-        + ", ".join(f"{name} {value}" for name, value in settings.items())
-        + ". Made by `sdvg sweep`."
-    )
-    print(*write_sweep(args.out, rows, lines, about), sep="\n")
     return 0
 
 
@@ -174,7 +181,8 @@ def _record(video: Generation, recordings: list[Recording], interrupts: _Interru
                 accepted, decided = accepted + sum(routed), decided + len(routed)
                 if decided:
                     bar.set_postfix_str(
-                        f"{accepted} of {decided} drafts kept, {accepted / decided:.0%}"
+                        f"{accepted} of {decided} drafts kept, {accepted / decided:.0%}",
+                        refresh=False,
                     )
                 bar.update()
 
@@ -226,6 +234,12 @@ def _router(args: argparse.Namespace) -> Router:
     return routers[args.router]()
 
 
+def _drafting(args: argparse.Namespace, schedule: Schedule) -> Schedule:
+    if args.drafter_timesteps is None:
+        return schedule
+    return Schedule((tuple(args.drafter_timesteps),), clean_pass=schedule.clean_pass)
+
+
 def _commit(text: str) -> str | Recompute:
     name, _, frames = text.partition(":")
     if name != "recompute":
@@ -266,11 +280,26 @@ def _load(args: argparse.Namespace) -> EmbeddedPair:
     return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
 
 
-def _warn_of_unknown_words(weights: Path, prompts: Sequence[str]) -> None:
-    """Say in one line which words the tokenizer has to spell: the models never saw them."""
-    tokenizer = json.loads((weights / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    words = dict.fromkeys(word for text in prompts for word in re.findall(r"\w+", text.lower()))
-    unknown = [word for word in words if word not in tokenizer["model"]["vocab"]]
+def _warn_of_prompts(weights: Path, prompts: Sequence[str]) -> None:
+    """Say in a line each which words the models never saw, and which prompts they see cut."""
+    from tokenizers import Tokenizer
+
+    from sdvg.models.embedded.text import LENGTH
+
+    tokenizer = Tokenizer.from_file(str(weights / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # a prompt without any word stands for itself; an empty one is refused later
+    named = [re.findall(r"\w+", text.lower()) or [repr(text)] for text in prompts if text.strip()]
+    words = dict.fromkeys(word for each in named for word in each)
+    unknown = [word for word in words if tokenizer.token_to_id(word) is None]
+    sizes = [len(tokenizer.encode(text).ids) for text in prompts]
+    cut = [f"prompt {place} has {size}" for place, size in enumerate(sizes, 1) if size > LENGTH]
+    if cut:
+        print(
+            f"sdvg: warning: the models read a prompt's first {LENGTH} tokens; {', '.join(cut)}",
+            file=sys.stderr,
+        )
     if unknown:
         known = "they know digits, directions and speeds"
         print(
@@ -318,6 +347,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32")
     add("--schedule", default="self_forcing", help="self_forcing, krea or diagonal")
     add("--commit", default="lazy", help="lazy, eager or recompute:FRAMES")
+    add("--drafter-timesteps", type=float, nargs="+", metavar="T",
+        help="the drafter's steps, falling within (0, 1000]; default: the schedule's")  # fmt: skip
     add("--drafter-cache", default="own", help="own (its own drafts) or synced (the final blocks)")
     add("--blocks", type=int, default=9)
     add("--seed", type=int, default=0)
@@ -329,7 +360,8 @@ def parser() -> argparse.ArgumentParser:
     add("prompt", nargs="+", help="several prompts make one batch, written to NAME-1.mp4, ...")
     add("--out", type=Path, default=Path("sdvg.mp4"), help="with NAME.png and NAME.json beside it")
     add("--router", default="reward", help="reward, stride, random, always or never")
-    add("--tau", type=float, default=-0.7, help="reward: keep a draft that scores this or more")
+    add("--tau", type=float, default=-0.7,
+        help="reward: keep a draft that scores this or more; --tau=-inf keeps all")  # fmt: skip
     add("--aggregate", default="min", help="reward: min (worst frame) or mean")
     add("--stride", type=int, default=3, help="stride: the target makes every such block")
     add("--accept", type=float, default=0.7, help="random: the probability to keep a draft")

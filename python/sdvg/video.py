@@ -6,7 +6,8 @@ Frames are `[N, 3, H, W]` in [0, 1] everywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -171,7 +172,8 @@ class ContactSheet:
         width = 2 * _GAP + strip_width + _GAP + _TEXT_WIDTH
         sheet = Image.new("RGB", (width, 76 + len(strips) * row_height), _PAPER)
         draw = ImageDraw.Draw(sheet)
-        draw.text((_GAP, _GAP), self._title, fill=_INK, font=title)
+        line = _fitted(self._title, width - 2 * _GAP, title.getlength)
+        draw.text((_GAP, _GAP), line, fill=_INK, font=title)
         draw.text((_GAP, 38), footer, fill=_PALE, font=small)
         legend = (("draft kept", _KEPT), ("made by the target", _REDONE))
         for place, (words, colour) in enumerate(legend):
@@ -191,6 +193,16 @@ class ContactSheet:
             for place, line in enumerate(lines[1:5], 1):
                 draw.text((left, top + 18 * place), line, fill=_INK, font=small)
         sheet.save(path, format="PNG")
+
+
+def _fitted(text: str, room: float, length: Callable[[str], float]) -> str:
+    """Return `text` in one line, cut with an ellipsis where its `length` exceeds `room`."""
+    line = " ".join(text.split())
+    if length(line) <= room:
+        return line
+    # the longest beginning that leaves room for the ellipsis
+    cut = bisect_right(range(len(line)), room, key=lambda end: length(f"{line[:end]}…"))
+    return f"{line[: max(0, cut - 1)].rstrip()}…"
 
 
 def _thumb(picture: Picture) -> Picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvg import SDVG, Reward
+from sdvg import SDVG, Reward, cli
 from sdvg.cli import main
 from sdvg.models import embedded
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
@@ -26,8 +27,6 @@ av = pytest.importorskip("av", reason="the mp4 writer is PyAV's")
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a seven moving left"
-WORDS = {word: number for number, word in enumerate(PROMPT.split())}
-
 
 ROUTERS = ("reward", "stride", "random", "always", "never")
 PRESETS = "self_forcing, krea, diagonal"
@@ -46,10 +45,8 @@ class Quality(NamedTuple):
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Write a tokenizer that knows the words of `PROMPT`."""
-    (folder / "tokenizer").mkdir(parents=True)
-    text = json.dumps({"model": {"vocab": WORDS}})
-    (folder / "tokenizer" / "tokenizer.json").write_text(text)
+    """Copy the shipped tokenizer into `folder`, which has nothing else."""
+    shutil.copytree(embedded.WEIGHTS / "tokenizer", folder / "tokenizer")
     return folder
 
 
@@ -156,6 +153,31 @@ def test_unknown_words_are_named_and_generated_anyway(
         "sdvg: warning: the models do not know purple; they know digits, directions and speeds"
     )
     assert frames_in(tmp_path / "c.mp4") == 9
+
+
+def test_a_prompt_without_a_word_is_warned_of(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "!!!", "--blocks", "1"]) == 0
+    warning, *_ = capsys.readouterr().err.splitlines()
+    assert warning == (
+        "sdvg: warning: the models do not know '!!!'; they know digits, directions and speeds"
+    )
+
+
+def test_prompts_that_are_cut_are_named(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    # 23 words and the end token fit
+    whole, cut = " ".join(["seven"] * 23), " ".join(["seven"] * 30)
+    assert main(["generate", whole, cut, "--blocks", "1"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == ("sdvg: warning: the models read a prompt's first 24 tokens; prompt 2 has 31")
+    assert "warning" not in second
+
+
+def test_a_negative_infinity_keeps_every_draft(pair: Pair, tmp_path: Path) -> None:
+    assert main(["generate", PROMPT, "--blocks", "3", "--tau=-inf", "--out", "a.mp4"]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [block["accepted"] for block in report["blocks"]] == [False, True, True]
 
 
 def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], int]) -> str:
@@ -443,6 +465,36 @@ def test_sweep_command_writes_its_files_and_goes_on(
     code = main([*arguments[:-1], "--quick", "--seed", "3"])
     assert code == 2
     assert "was made with another seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["_load", "run_sweep", "write_sweep"])
+def test_ctrl_c_in_a_sweep_says_what_is_kept(
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    """While it loaded or wrote, it once said that nothing was written."""
+    pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
+    arguments = ["sweep", "--out", "s", "--prompts", "1", "--blocks", "1", "--quick"]
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_load", interrupt)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err == "sdvg: interrupted; nothing was written\n"
+    assert main(arguments) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(cli, where, interrupt)
+    assert main(arguments) == 130
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert last == (
+        f"sdvg: interrupted; the finished videos are kept in {Path('s', 'videos.jsonl')}, "
+        "and the same command goes on from there"
+    )
 
 
 def test_help_of_every_command_stands(capsys: pytest.CaptureFixture[str]) -> None:

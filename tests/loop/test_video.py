@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvg.video import Aside, ContactSheet, VideoWriter, pixels
+from sdvg.video import Aside, ContactSheet, VideoWriter, _fitted, pixels
 
 av = pytest.importorskip("av", reason="the mp4 writer is PyAV's")
 image = pytest.importorskip("PIL.Image", reason="the contact sheet is Pillow's")
@@ -111,6 +111,36 @@ def test_sheet_of_wide_frames_stays_readable(tmp_path: Path) -> None:
     sheet.save(tmp_path / "a.png")
     with image.open(tmp_path / "a.png") as opened:
         assert opened.width < 1600
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a seven\n  moving left\n", "a seven moving left"),
+        ("a seven moving left!", "a seven moving left!"),
+        ("a seven moving left, slowly", "a seven moving left…"),
+        ("a seven moving x slowly", "a seven moving x sl…"),
+        ("a seven moving left slowly", "a seven moving left…"),
+        ("", ""),
+    ],
+)
+def test_a_title_is_one_line_cut_to_its_room(text: str, shown: str) -> None:
+    assert _fitted(text, 20, len) == shown
+
+
+def test_a_long_title_stays_on_the_sheet(tmp_path: Path) -> None:
+    widths = []
+    for title in ("short", "long\n" * 500):
+        sheet = ContactSheet(title)
+        sheet.add(torch.rand(12, 3, 32, 32), True, ("block 0",))
+        sheet.save(tmp_path / "a.png")
+        with image.open(tmp_path / "a.png") as opened:
+            got = np.array(opened.convert("RGB"))
+        widths.append(got.shape[1])
+        # a margin at the right, and nothing below the title's line
+        assert (got[:34, -10:] == 255).all()
+        assert (got[34:38] == 255).all()
+    assert widths[0] == widths[1]
 
 
 def test_what_is_not_kept_leaves_no_file(tmp_path: Path) -> None:
