@@ -482,10 +482,6 @@ def test_ctrl_c_in_a_sweep_says_what_is_kept(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "_load", interrupt)
-        assert main(arguments) == 130
-    assert capsys.readouterr().err == "sdvg: interrupted; nothing was written\n"
     assert main(arguments) == 0
     capsys.readouterr()
     monkeypatch.setattr(cli, where, interrupt)
@@ -495,6 +491,23 @@ def test_ctrl_c_in_a_sweep_says_what_is_kept(
         f"sdvg: interrupted; the finished videos are kept in {Path('s', 'videos.jsonl')}, "
         "and the same command goes on from there"
     )
+
+
+@pytest.mark.parametrize("stored", ["", '{"settings": {}}\n'], ids=["nothing", "settings"])
+def test_ctrl_c_in_a_sweep_without_a_video_says_so(
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stored: str,
+) -> None:
+    def interrupt(*_: object) -> None:
+        (tmp_path / "s" / "videos.jsonl").write_text(stored)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupt)
+    assert main(["sweep", "--out", "s", "--quick"]) == 130
+    assert capsys.readouterr().err == "sdvg: interrupted; nothing was written\n"
 
 
 def test_help_of_every_command_stands(capsys: pytest.CaptureFixture[str]) -> None:
