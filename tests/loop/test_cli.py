@@ -126,6 +126,23 @@ def test_several_prompts_are_one_batch_of_numbered_videos(pair: Pair, tmp_path: 
     assert {report["blocks"][0]["reason"] for report in reports} == {"router"}
 
 
+def test_drafter_timesteps_are_the_drafters_alone(pair: Pair) -> None:
+    taken: dict[str, list[float]] = {"drafter": [], "target": []}
+    for name, steps in taken.items():
+        model = getattr(pair, name)
+
+        def record(
+            *args: object, whole: Callable = model.denoise, steps: list = steps, **rest: object
+        ) -> object:
+            steps.append(args[1])
+            return whole(*args, **rest)
+
+        model.denoise = record
+    assert generate("--blocks", "1", "--drafter-timesteps", "1000", "800") == 0
+    assert taken["drafter"] == [1000.0, 800.0]
+    assert [round(step, 1) for step in taken["target"]] == [1000.0, 937.5, 833.3, 625.0]
+
+
 @pytest.mark.parametrize(
     "options",
     [
