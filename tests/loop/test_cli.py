@@ -21,6 +21,7 @@ from torch import Tensor
 from sdvg import SDVG, Reward, cli
 from sdvg.cli import main
 from sdvg.models import embedded
+from sdvg.models.embedded import EmbeddedPair as Pair
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
 
 av = pytest.importorskip("av", reason="the mp4 writer is PyAV's")
@@ -31,13 +32,6 @@ PROMPT = "a seven moving left"
 ROUTERS = ("reward", "stride", "random", "always", "never")
 PRESETS = "self_forcing, krea, diagonal"
 COMMITS = "must be lazy, eager or recompute:FRAMES"
-
-
-class Pair(NamedTuple):
-    drafter: object
-    target: object
-    decoder: object
-    scorer: object
 
 
 class Quality(NamedTuple):

@@ -15,17 +15,11 @@ from torch import Tensor
 
 from sdvg import sweep as room
 from sdvg.models import embedded
+from sdvg.models.embedded import EmbeddedPair as Pair
 from sdvg.sweep import COLUMNS, Method, digest, gains, methods, prompts, summarise, sweep, write
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
 
 pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
-
-
-class Pair(NamedTuple):
-    drafter: object
-    target: object
-    decoder: object
-    scorer: object
 
 
 class Quality(NamedTuple):
