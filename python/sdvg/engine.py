@@ -95,7 +95,8 @@ class SDVG:
         video is the same alone and in any batch. The models hold one generation at a time: going
         on with an older one raises RuntimeError.
 
-        Raises ValueError for no prompt, an empty prompt, or fewer than one block.
+        Raises ValueError for no prompt, an empty prompt, or fewer than one block, TypeError for
+        what is no text or no integer.
         """
         return Generation(self, prompts, num_blocks, seed, sequences)
 
@@ -105,6 +106,13 @@ class SDVG:
         if self.drafter is self.target:
             raise ValueError(
                 "sdvg: drafter and target must each have a cache of their own, got one model twice"
+            )
+        if self.decoder is None:
+            raise ValueError("sdvg: decoder must turn latents to frames, got None")
+        if not callable(self.router):
+            raise ValueError(
+                f"sdvg: router must be callable, got {self.router!r}; take one of sdvg.router, "
+                "such as Reward(-0.7)"
             )
         models = [model for model in (self.drafter, self.target) if model is not None]
         shapes = [model.block_shape for model in models]
@@ -157,8 +165,13 @@ class Generation(Iterator[Block]):
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"sdvg: prompts must be a non-empty list of texts, got {prompts!r}")
         for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"sdvg: a prompt must be a text, got {prompt!r}")
             if not prompt.strip():
                 raise ValueError(f"sdvg: a prompt must not be empty, got {prompt!r}")
+        for name, value in (("num_blocks", num_blocks), ("seed", seed)):
+            if not isinstance(value, int):
+                raise TypeError(f"sdvg: {name} must be an integer, got {value!r}")
         if num_blocks < 1:
             raise ValueError(f"sdvg: num_blocks must be at least 1, got {num_blocks}")
         self.sequences = tuple(range(len(prompts)) if sequences is None else sequences)
@@ -342,6 +355,8 @@ class Generation(Iterator[Block]):
                 rewards = self.sdvg.scorer(frames, self.prompts)
             except Exception as error:
                 raise RuntimeError(f"sdvg: the scorer failed at block {index}: {error}") from error
+        if not isinstance(rewards, Tensor):
+            raise TypeError(f"sdvg: the scorer must return a tensor, got {type(rewards).__name__}")
         if rewards.shape != frames.shape[:2]:
             raise ValueError(
                 f"sdvg: the scorer must return one reward a frame {list(frames.shape[:2])}, "
@@ -353,6 +368,8 @@ class Generation(Iterator[Block]):
         self, accept: Tensor, reason: str, rewards: Tensor | None = None
     ) -> tuple[Verdict, ...]:
         """Bring the decisions to the host: the loop's one wait for the device before it repairs."""
+        if not isinstance(accept, Tensor):
+            raise TypeError(f"sdvg: the router must return a tensor, got {type(accept).__name__}")
         if tuple(accept.shape) != (len(self.prompts),):
             raise ValueError(
                 f"sdvg: the router must return one decision a sequence [{len(self.prompts)}], "

@@ -84,6 +84,8 @@ def engine(router: object = None, **options: object) -> SDVG:
         ),
         (dict.fromkeys(("drafter", "target"), ConstantModel()), "got one model twice"),
         ({"scorer": None}, "scorer must be given for the router"),
+        ({"decoder": None}, "decoder must turn latents to frames, got None"),
+        ({"router": "reward"}, "router must be callable, got 'reward'; take one of sdvg.router"),
         ({"commit": "sometimes"}, "commit must be 'lazy', 'eager' or Recompute"),
         ({"drafter_cache": "shared"}, "drafter_cache must be 'own' or 'synced', got 'shared'"),
         ({"commit": Recompute(4)}, "Recompute must hold whole blocks of 3 frames, got 4"),
@@ -113,6 +115,21 @@ def test_a_wrong_request_is_named_in_one_sentence(
     prompts: object, options: dict[str, object], text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
+        engine().generate(prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "text"),
+    [
+        (["a seven", 7], {}, "a prompt must be a text, got 7"),
+        (["a seven"], {"num_blocks": 2.5}, "num_blocks must be an integer, got 2.5"),
+        (["a seven"], {"seed": "0"}, "seed must be an integer, got '0'"),
+    ],
+)
+def test_a_request_of_the_wrong_type_is_named_in_one_sentence(
+    prompts: object, options: dict[str, object], text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
         engine().generate(prompts, **options)
 
 
@@ -177,6 +194,17 @@ def test_a_router_of_the_wrong_shape_is_reported() -> None:
     run = engine(lambda draft: torch.tensor(True)).generate(["a", "b"])
     next(run)
     with pytest.raises(ValueError, match=r"one decision a sequence \[2\], got \[\]"):
+        next(run)
+
+
+def test_a_router_or_scorer_that_returns_no_tensor_is_reported() -> None:
+    run = engine(lambda draft: [True]).generate(["a"])
+    next(run)
+    with pytest.raises(TypeError, match="the router must return a tensor, got list"):
+        next(run)
+    run = engine(scorer=lambda frames, prompts: [0.0]).generate(["a"])
+    next(run)
+    with pytest.raises(TypeError, match="the scorer must return a tensor, got list"):
         next(run)
 
 
