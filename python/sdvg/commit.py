@@ -52,6 +52,12 @@ class CachedModel:
         model.start(prompts)
         _HOLDERS[model] = weakref.ref(self)
 
+    def restart(self, prompts: Sequence[str]) -> None:
+        """Empty the cache and follow `prompts`: what is still seen will be written anew."""
+        self._require_held()
+        self.written = [0] * len(prompts)
+        self.model.start(prompts)
+
     def catch_up(
         self,
         index: int,

@@ -88,17 +88,20 @@ class SDVG:
         num_blocks: int = 9,
         seed: int = 0,
         sequences: Sequence[int] | None = None,
+        given: Tensor | None = None,
     ) -> Generation:
         """Return an iterator over `num_blocks` blocks of one video for each prompt.
 
         `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a
-        video is the same alone and in any batch. The models hold one generation at a time: going
-        on with an older one raises RuntimeError.
+        video is the same alone and in any batch. `given` are clean latents `[B, n F, C, h, w]` of
+        the first n blocks, for an image or a video to go on from: they are decoded and yielded
+        like the others. The models hold one generation at a time: going on with an older one
+        raises RuntimeError.
 
-        Raises ValueError for no prompt, an empty prompt, or fewer than one block, TypeError for
-        what is no text or no integer.
+        Raises ValueError for no prompt, an empty prompt, fewer than one block, or given latents of
+        another shape, TypeError for what is no text or no integer.
         """
-        return Generation(self, prompts, num_blocks, seed, sequences)
+        return Generation(self, prompts, num_blocks, seed, sequences, given)
 
     def _check(self) -> None:
         if self.drafter is None and self.target is None:
@@ -161,14 +164,9 @@ class Generation(Iterator[Block]):
         num_blocks: int,
         seed: int,
         sequences: Sequence[int] | None,
+        given: Tensor | None,
     ) -> None:
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"sdvg: prompts must be a non-empty list of texts, got {prompts!r}")
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise TypeError(f"sdvg: a prompt must be a text, got {prompt!r}")
-            if not prompt.strip():
-                raise ValueError(f"sdvg: a prompt must not be empty, got {prompt!r}")
+        _check_prompts(prompts)
         for name, value in (("num_blocks", num_blocks), ("seed", seed)):
             if not isinstance(value, int):
                 raise TypeError(f"sdvg: {name} must be an integer, got {value!r}")
@@ -183,7 +181,9 @@ class Generation(Iterator[Block]):
         self.sdvg, self.prompts, self.num_blocks, self.seed = sdvg, tuple(prompts), num_blocks, seed
         self.latents: list[Tensor] = []
         self.verdicts: list[tuple[Verdict, ...]] = []
-        self._drafts: dict[int, Tensor] = {}
+        # block -> clean latents that were given; to the drafter they are drafts of its own
+        self._given = self._split(given)
+        self._drafts = dict(self._given)
         # decoder state before each block that may still be made
         self._states = {0: sdvg.decoder.start(len(prompts))}
         self._frames = 0
@@ -212,9 +212,10 @@ class Generation(Iterator[Block]):
         if sdvg.commit == "eager" and self._target is not None:
             self._target.catch_up(index, None, self.latents, self._clock)
 
-        draft = frames = state = None
+        frames = state = None
         accept = self._decide_early(index)
-        if self._needs_draft(accept):
+        draft = self._given.get(index)
+        if draft is None and self._needs_draft(accept):
             draft = self._draft(index)
         if accept is None:
             frames, state = self._decode(draft, before)
@@ -255,6 +256,31 @@ class Generation(Iterator[Block]):
         self._states.pop(index)
         return Block(index, frames, latents, verdicts, seconds)
 
+    def switch(self, prompts: Sequence[str]) -> None:
+        """Follow other prompts from the next block on.
+
+        What the caches hold was written under the old prompts: the clean latents that the next
+        block can still see are written anew under the new ones (LongLive's KV recache, arXiv
+        2509.22622), in the next block's time. Raises as `SDVG.generate` does.
+        """
+        _check_prompts(prompts)
+        if len(prompts) != len(self.prompts):
+            raise ValueError(
+                f"sdvg: prompts must be one for each of {len(self.prompts)} sequences, "
+                f"got {len(prompts)}"
+            )
+        self.prompts = tuple(prompts)
+        made = len(self.latents)
+        # drafts that ran ahead followed the old prompts
+        self._drafts = {i: draft for i, draft in self._drafts.items() if i < made} | self._given
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for model in (self._drafter, self._target):
+            if model is not None:
+                model.restart(self.prompts)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
     def summary(self, target_only_seconds: float | None = None) -> Stats:
         """Return what happened so far.
 
@@ -265,7 +291,8 @@ class Generation(Iterator[Block]):
         blocks, batch = len(self.latents), len(self.prompts)
         source = "measured"
         if target_only_seconds is None:
-            target_only_seconds = self._predict_target_only(blocks * batch)
+            made = blocks - len([block for block in self._given if block < blocks])
+            target_only_seconds = self._predict_target_only(blocks * batch, made * batch)
             source = "predicted" if target_only_seconds is not None else "none"
         ratio = target_only_seconds / clock.total if target_only_seconds and clock.total else None
         return Stats(
@@ -280,7 +307,7 @@ class Generation(Iterator[Block]):
             speedup_source=source,
         )
 
-    def _predict_target_only(self, pairs: int) -> float | None:
+    def _predict_target_only(self, pairs: int, made: int) -> float | None:
         seconds, units = self._clock.seconds, self._clock.units
         if not units["target"]:
             return None
@@ -292,11 +319,13 @@ class Generation(Iterator[Block]):
         if not self.sdvg.schedule.clean_pass:
             clean = 0.0
         decode = seconds["decode"] / units["decode"]
-        return pairs * (target + decode) + (pairs - len(self.prompts)) * clean
+        return made * target + pairs * decode + (pairs - len(self.prompts)) * clean
 
     def _decide_early(self, index: int) -> tuple[Tensor, str] | None:
         """Return (accept, reason) where no score is needed, else None."""
         sdvg, batch = self.sdvg, len(self.prompts)
+        if index in self._given:
+            return torch.ones(batch, dtype=torch.bool), "given"
         if sdvg.target is None:
             return torch.ones(batch, dtype=torch.bool), "draft-only"
         if sdvg.drafter is None:
@@ -382,10 +411,40 @@ class Generation(Iterator[Block]):
         both = torch.stack([accept.to(score), score]).tolist()
         return tuple(Verdict(bool(kept), value, reason) for kept, value in zip(*both, strict=True))
 
+    def _split(self, given: Tensor | None) -> dict[int, Tensor]:
+        """Return the blocks of given latents, checked and where finished latents lie."""
+        if given is None:
+            return {}
+        model = self.sdvg.target or self.sdvg.drafter
+        size, *frame = model.block_shape
+        count, rest = divmod(given.shape[1] if given.dim() == 5 else 0, size)
+        if (
+            [given.shape[0], *given.shape[2:]] != [len(self.prompts), *frame]
+            or rest
+            or not 0 < count <= self.num_blocks
+        ):
+            shape = ", ".join(map(str, (len(self.prompts), f"n * {size}", *frame)))
+            raise ValueError(
+                f"sdvg: given must be clean latents [{shape}] of 1 to {self.num_blocks} blocks, "
+                f"got {list(given.shape)}"
+            )
+        wide = torch.promote_types(model.dtype, torch.float32)
+        return dict(enumerate(given.to(model.device, wide).split(size, dim=1)))
+
     @property
     def _device(self) -> torch.device:
         """Where finished latents lie: with the model that repairs."""
         return (self._target or self._drafter).model.device
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"sdvg: prompts must be a non-empty list of texts, got {prompts!r}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"sdvg: a prompt must be a text, got {prompt!r}")
+        if not prompt.strip():
+            raise ValueError(f"sdvg: a prompt must not be empty, got {prompt!r}")
 
 
 def needs_score(router: Router) -> bool:

@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
     # the aggregated score, None where the router did not ask for one
     score: float | None
     # "first": forced; "router": the router's own decision; "target-only" and "draft-only":
-    # there was no choice
+    # there was no choice; "given": the latents came from outside
     reason: str
 
 

@@ -474,3 +474,73 @@ def test_wan_names_what_does_not_fit() -> None:
     model.start(PROMPTS[:1])
     with pytest.raises(ValueError, match="must end within max_frames = 6, got 9"):
         model.write(torch.zeros(1, 9, *model.block_shape[1:]), start_frame=0)
+
+
+@pytest.mark.parametrize("parts", ["target", "drafter", "both"])
+def test_going_on_from_given_blocks_equals_never_having_stopped(
+    pair64: TinyPair, parts: str
+) -> None:
+    drafter = None if parts == "target" else pair64.drafter
+    target = None if parts == "drafter" else pair64.target
+    # with a drafter of its own cache, what it sees must have been its own: keep every draft
+    router = None if parts != "both" else Always()
+    engine = SDVG(drafter, target, pair64.decoder, router=router, force_first=False)
+    whole = blocks_of(engine)
+    rest = blocks_of(engine, given=latents(whole[:2]))
+    assert (latents(rest) - latents(whole)).abs().max() < 1e-10
+    assert (video(rest) - video(whole)).abs().max() < 1e-10
+    assert torch.equal(latents(rest[:2]), latents(whole[:2]))
+    reasons = [block.verdicts[0].reason for block in rest]
+    assert reasons[:2] == ["given"] * 2
+    assert "given" not in reasons[2:]
+
+
+def test_given_blocks_count_neither_as_accepted_nor_as_made(pair: TinyPair) -> None:
+    first = latents(blocks_of(SDVG(None, pair.target, pair.decoder), num_blocks=2))
+    run = speculate(pair, Random(0.0)).generate(PROMPTS, num_blocks=4, seed=1, given=first)
+    list(run)
+    assert run.summary().acceptance == 0.0
+    assert [row[0].reason for row in run.verdicts] == ["given", "given", "router", "router"]
+
+
+@pytest.mark.parametrize("commit", COMMITS, ids=str)
+@pytest.mark.parametrize("cache", ["own", "synced"])
+def test_switching_to_the_same_prompts_changes_nothing(
+    pair64: TinyPair, commit: object, cache: str
+) -> None:
+    engine = speculate(pair64, Random(0.5), commit=commit, drafter_cache=cache)
+    whole = blocks_of(engine)
+    run = engine.generate(PROMPTS, num_blocks=5, seed=11)
+    made = [next(run), next(run), next(run)]
+    run.switch(PROMPTS)
+    made += list(run)
+    assert (latents(made) - latents(whole)).abs().max() < 1e-10
+    assert verdicts(made) == verdicts(whole)
+
+
+def test_switching_prompts_changes_what_follows_and_nothing_before(pair: TinyPair) -> None:
+    engine = speculate(pair, Random(0.5), run_ahead=2)
+    whole = blocks_of(engine)
+    run = engine.generate(PROMPTS, num_blocks=5, seed=11)
+    made = [next(run), next(run)]
+    run.switch([PROMPTS[1], *PROMPTS[1:]])
+    made += list(run)
+    assert torch.equal(latents(made[:2]), latents(whole[:2]))
+    later = (latents(made[2:]) - latents(whole[2:])).abs().amax((1, 2, 3, 4))
+    assert later[0] > 1e-3
+    # to rounding: the recache is one pass over several blocks
+    assert later[1:].max() < 1e-4
+
+
+def test_a_wrong_switch_is_named_in_one_sentence(pair: TinyPair) -> None:
+    run = speculate(pair).generate(PROMPTS, num_blocks=2)
+    with pytest.raises(ValueError, match="one for each of 3 sequences, got 1"):
+        run.switch(["a seven"])
+    with pytest.raises(ValueError, match="a prompt must not be empty"):
+        run.switch(["a seven", " ", "a"])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4, 4), (3, 4, 4, 4, 4), (3, 9, 4, 4, 4), (3, 3, 4, 4)])
+def test_given_latents_of_another_shape_are_named(pair: TinyPair, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"given must be clean latents \[3, n \* 3, 4, 4, 4\]"):
+        speculate(pair).generate(PROMPTS, num_blocks=2, given=torch.zeros(shape))
