@@ -61,6 +61,9 @@ class StreamingVAE:
 
         Frames are float32 (float64 from a float64 decoder), whatever the decoder computes in.
         """
+        if (hook := getattr(self.vae, "_hf_hook", None)) is not None:
+            # accelerate's offloading brings the weights for a forward, and only for that
+            hook.pre_forward(self.vae)
         weight = self.vae.post_quant_conv.weight
         latents = latents.transpose(1, 2).to(weight.device, weight.dtype)
         latents = self.vae.post_quant_conv(latents * self._std.to(latents) + self._mean.to(latents))

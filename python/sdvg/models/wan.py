@@ -45,6 +45,7 @@ class CausalWan:
         max_frames: without a window, how many latent frames a sequence may have.
         write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes
             several passes.
+        device: where it runs; None: where the transformer lies now (an offloaded one lies apart).
 
     Raises:
         ValueError: sizes that do not fit each other, or a sequence longer than the cache.
@@ -62,6 +63,7 @@ class CausalWan:
         window_frames: int | None = None,
         max_frames: int = 21,
         write_blocks: int = 4,
+        device: torch.device | str | None = None,
     ) -> None:
         config = transformer.config
         patch_frames, patch_height, patch_width = config.patch_size
@@ -86,6 +88,7 @@ class CausalWan:
             None if window_frames is None else config.num_layers * (window_frames - frames)
         )
         self._encode = encode
+        self._device = None if device is None else torch.device(device)
         self.cache: KVCache | None = None
         self.running: _Pass | None = None
         # (timestep, batch) -> its embedding and its modulation
@@ -94,8 +97,8 @@ class CausalWan:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.proj_out.weight.device
+        """Where the transformer runs."""
+        return self._device or self.transformer.proj_out.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,6 +128,9 @@ class CausalWan:
             device=self.device,
         )
         text = self._encode(prompts).to(self.device, self.dtype)
+        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
+            # accelerate's offloading brings the weights for a forward, and only for that
+            hook.pre_forward(self.transformer)
         # weights may have changed since the last prompt
         self._embedded.clear()
         embedded = self.transformer.condition_embedder.text_embedder(text)

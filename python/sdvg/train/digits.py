@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sdvg.models.embedded import SINK_FRAMES, WINDOW_FRAMES
 from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS, SPEEDS
+from sdvg.models.embedded.text import LENGTH
 from sdvg.train import autoencoder, critics, text, transformer
-from sdvg.train.data import BLOCKS, sample_motions
+from sdvg.train.data import BLOCKS, FRAMES_PER_BLOCK, SIZE, sample_motions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -150,11 +152,18 @@ def _index(out: Path) -> None:
         "_class_name": "SDVGPipeline",
         "_diffusers_version": diffusers.__version__,
         "drafter": ["diffusers", "WanTransformer3DModel"],
+        "frames_per_block": FRAMES_PER_BLOCK,
+        "height": SIZE,
+        "max_sequence_length": LENGTH,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scorer": "sdvg.scorers.digits.DigitsReward",
+        "sink_frames": SINK_FRAMES,
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
+        "width": SIZE,
+        "window_frames": WINDOW_FRAMES,
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

@@ -1,0 +1,328 @@
+"""`SDVGPipeline`: the loop as a diffusers pipeline, from one folder or from loose checkpoints."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from sdvg.commit import Recompute
+from sdvg.engine import SDVG, Generation
+from sdvg.models.vae import StreamingVAE
+from sdvg.models.wan import CausalWan
+from sdvg.router import Reward
+from sdvg.schedule import Schedule
+from sdvg.types import Block, Router, Stats, Verdict
+
+# pixels of a latent, and frames of a latent frame but the first
+SPACE, TIME = 8, 4
+OUTPUTS = ("np", "pt", "pil", "latent")
+Media = Tensor | np.ndarray | Image.Image | Sequence[object]
+
+
+@dataclass
+class SDVGPipelineOutput(BaseOutput):
+    """What a call returns.
+
+    frames: "np" `[B, N, H, W, 3]` and "pt" `[B, N, 3, H, W]` in [0, 1]; "pil" a list of images for
+        each prompt; "latent" `[B, F, C, h, w]`.
+    verdicts: for each block a verdict per prompt.
+    stats: what `summary()` says.
+    """
+
+    frames: np.ndarray | Tensor | list[list[Image.Image]]
+    verdicts: list[tuple[Verdict, ...]]
+    stats: Stats
+
+
+class SDVGPipeline(DiffusionPipeline):
+    """Text-to-video by speculation: a small drafter proposes blocks, a large target repairs them.
+
+    Drafter and target are stock `WanTransformer3DModel`s with weights distilled for
+    block-autoregressive generation (Self-Forcing, LongLive, Krea Realtime). The scorer is any
+    callable `(frames [B, N, 3, H, W] in [0, 1], prompts) -> rewards [B, N]`; one with
+    `save_pretrained` and `from_pretrained` is saved and loaded with the pipeline.
+
+    Args:
+        tokenizer, text_encoder: UMT5 and its tokenizer.
+        vae: Wan's causal autoencoder, decoded block by block.
+        scheduler: kept for its flow shift; the loop's steps are a `Schedule`.
+        drafter, transformer: either may be None, then the other makes every block.
+        scorer: needed by routers that look at rewards (the default one does).
+        height, width: of a video unless the call says otherwise, in pixels.
+        frames_per_block: latent frames.
+        sink_frames, window_frames: first latent frames, which are always seen, and how far back a
+            block sees beside them, itself included.
+        drafter_window_frames: the drafter's own window; None: the same.
+        max_sequence_length: tokens of a prompt; longer ones are cut.
+        schedule: denoising steps, a preset's name.
+
+    Raises:
+        ValueError: parts or sizes that do not fit each other, in one sentence.
+    """
+
+    model_cpu_offload_seq = "text_encoder->drafter->transformer->vae"
+    _optional_components = ["drafter", "transformer"]  # noqa: RUF012  diffusers' own form
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        drafter: WanTransformer3DModel | None,
+        transformer: WanTransformer3DModel | None,
+        scorer: Callable | None = None,
+        height: int = 480,
+        width: int = 832,
+        frames_per_block: int = 3,
+        sink_frames: int = 0,
+        window_frames: int = 21,
+        drafter_window_frames: int | None = None,
+        max_sequence_length: int = 512,
+        schedule: str = "self_forcing",
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler,
+            drafter=drafter, transformer=transformer,
+        )  # fmt: skip
+        self.scorer = scorer
+        self.register_to_config(
+            scorer=_name_of(scorer), height=height, width=width, frames_per_block=frames_per_block,
+            sink_frames=sink_frames, window_frames=window_frames,
+            drafter_window_frames=drafter_window_frames, max_sequence_length=max_sequence_length,
+            schedule=schedule,
+        )  # fmt: skip
+        self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
+        self._generation: Generation | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: object) -> SDVGPipeline:
+        """Load a folder (or a Hub repository) that `save_pretrained` wrote.
+
+        `options` are diffusers' (`torch_dtype`, ...) and replacements of any part:
+        `from_pretrained(folder, scorer=my_scorer)`.
+        """
+        if not Path(folder).is_dir():
+            folder = cls.download(folder)
+        index = json.loads((Path(folder) / "model_index.json").read_text())
+        if "scorer" not in options and isinstance(index.get("scorer"), str):
+            module, _, name = index["scorer"].rpartition(".")
+            scorer = getattr(importlib.import_module(module), name)
+            options["scorer"] = scorer.from_pretrained(Path(folder) / "scorer")
+        return super().from_pretrained(folder, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: object) -> None:
+        """Write every part in diffusers' layout; a scorer too, if it has `save_pretrained`."""
+        super().save_pretrained(folder, **options)
+        if hasattr(self.scorer, "save_pretrained"):
+            self.scorer.save_pretrained(Path(folder) / "scorer")
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_blocks: int = 9,
+        image: Media | None = None,
+        video: Media | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        tau: float = -0.7,
+        router: Router | None = None,
+        generator: torch.Generator | int | None = None,
+        schedule: Schedule | str | None = None,
+        drafter_schedule: Schedule | str | None = None,
+        commit: str | Recompute = "lazy",
+        drafter_cache: str = "own",
+        force_first: bool = True,
+        run_ahead: int = 0,
+    ) -> Generation:
+        """Return an iterator that yields each block as soon as it is final.
+
+        `next(stream).frames` are `[B, N, 3, H, W]` in [0, 1]; `stream.switch(prompts)` follows
+        other prompts from the next block on; `stream.summary()` says how it went.
+
+        Args:
+            prompt: one text, or one for each video.
+            num_blocks: blocks of a video, given ones included.
+            image: `[B, 3, H, W]`, PIL or NumPy: held still, it is the first block (image-to-video).
+            video: `[B, N, 3, H, W]` or lists of images: the first blocks (continuation); N must
+                be 9, 21, 33, ... frames for blocks of three latent frames.
+            height, width: pixels, multiples of 16.
+            tau, router: the threshold of `Reward`, or any other router.
+            generator: its seed, or the seed itself, keys the noise; None: a random seed.
+            schedule, drafter_schedule, commit, drafter_cache, force_first, run_ahead: see `SDVG`.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, in one sentence.
+        """
+        prompts = [_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        height, width = height or self.config.height, width or self.config.width
+        given = self._given(image, video, len(prompts), height, width)
+        loop = SDVG(
+            self._causal(self.drafter, height, width, self.config.drafter_window_frames),
+            self._causal(self.transformer, height, width),
+            StreamingVAE(self.vae),
+            self.scorer,
+            Reward(tau) if router is None else router,
+            schedule=schedule or self.config.schedule, drafter_schedule=drafter_schedule,
+            force_first=force_first, commit=commit, drafter_cache=drafter_cache,
+            run_ahead=run_ahead,
+        )  # fmt: skip
+        self._generation = loop.generate(
+            prompts, num_blocks=num_blocks, seed=_seed(generator), given=given
+        )
+        return self._generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_block_end: Callable[[SDVGPipeline, int, Block], None] | None = None,
+        **options: object,
+    ) -> SDVGPipelineOutput | tuple[object, ...]:
+        """Make the whole video; `options` are those of `stream`.
+
+        `callback_on_block_end(pipe, index, block)` is called with each finished block.
+        `output_type` is "np", "pt", "pil" or "latent" (see `SDVGPipelineOutput`); without
+        `return_dict`, (frames, verdicts, stats).
+        """
+        if output_type not in OUTPUTS:
+            names = ", ".join(OUTPUTS)
+            raise ValueError(f"pipeline: output_type must be one of {names}, got {output_type!r}")
+        blocks = self.stream(prompt, **options)
+        frames = []
+        with self.progress_bar(total=blocks.num_blocks) as bar:
+            for block in blocks:
+                if output_type != "latent":
+                    frames.append(block.frames.cpu())
+                if callback_on_block_end is not None:
+                    callback_on_block_end(self, block.index, block)
+                bar.update()
+        made = torch.cat(blocks.latents if output_type == "latent" else frames, dim=1)
+        if output_type in ("np", "pil"):
+            made = made.permute(0, 1, 3, 4, 2).numpy()
+        if output_type == "pil":
+            made = [self.video_processor.numpy_to_pil(video) for video in made]
+        self.maybe_free_model_hooks()
+        output = SDVGPipelineOutput(made, blocks.verdicts, blocks.summary())
+        return output if return_dict else (output.frames, output.verdicts, output.stats)
+
+    def summary(self, target_only_seconds: float | None = None) -> Stats:
+        """Return acceptance, seconds by stage, FPS and speed-up of the latest video so far."""
+        if self._generation is None:
+            raise RuntimeError("pipeline: summary must follow a video, got none; call the pipeline")
+        return self._generation.summary(target_only_seconds)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Return text embeddings `[B, L, dim]`, zero past each prompt's length, as Wan pads."""
+        batch = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+            max_length=self.config.max_sequence_length,
+        )  # fmt: skip
+        device = self._execution_device
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask[..., None]
+
+    def _causal(
+        self,
+        transformer: WanTransformer3DModel | None,
+        height: int,
+        width: int,
+        window_frames: int | None = None,
+    ) -> CausalWan | None:
+        if transformer is None:
+            return None
+        for name, size in (("height", height), ("width", width)):
+            step = SPACE * transformer.config.patch_size[1]
+            if size % step or size < step:
+                raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
+        return CausalWan(
+            transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
+            frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
+            window_frames=window_frames or self.config.window_frames,
+            device=self._execution_device,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _given(
+        self, image: Media | None, video: Media | None, batch: int, height: int, width: int
+    ) -> Tensor | None:
+        """Return clean latents `[B, F, C, h, w]` of the first blocks, if any are given."""
+        if image is not None and video is not None:
+            raise ValueError("pipeline: image and video must not both be given, got both")
+        first = 1 + TIME * (self.config.frames_per_block - 1)
+        if image is not None:
+            pixels = self.video_processor.preprocess(image, height, width)
+            pixels = pixels[:, :, None].expand(-1, -1, first, -1, -1)
+        elif video is not None:
+            pixels = self.video_processor.preprocess_video(video, height, width)
+        else:
+            return None
+        block = TIME * self.config.frames_per_block
+        if pixels.shape[2] < first or (pixels.shape[2] - first) % block:
+            raise ValueError(
+                f"pipeline: video must have whole blocks, {first} + n * {block} frames, "
+                f"got {pixels.shape[2]}"
+            )
+        if len(pixels) not in (1, batch):
+            raise ValueError(
+                f"pipeline: image or video must be one, or one for each of {batch} prompts, "
+                f"got {len(pixels)}"
+            )
+        dtype = self.vae.post_quant_conv.weight.dtype
+        latents = self.vae.encode(pixels.to(self._execution_device, dtype)).latent_dist.mode()
+        channels = (1, -1, 1, 1, 1)
+        mean = torch.tensor(self.vae.config.latents_mean).view(channels).to(latents)
+        std = torch.tensor(self.vae.config.latents_std).view(channels).to(latents)
+        return ((latents - mean) / std).transpose(1, 2).expand(batch, -1, -1, -1, -1)
+
+
+def _clean(text: object) -> object:
+    """Return a text without HTML escapes and repeated blanks, as Wan's prompts were cleaned."""
+    if not isinstance(text, str):
+        return text
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def _seed(generator: torch.Generator | int | None) -> int:
+    if generator is None:
+        return torch.seed() % 2**63
+    if isinstance(generator, torch.Generator):
+        return generator.initial_seed()
+    if not isinstance(generator, int):
+        raise TypeError(
+            "pipeline: generator must be one torch.Generator or a seed, "
+            f"got {type(generator).__name__}; videos of one call differ by their place"
+        )
+    return generator
+
+
+def _name_of(scorer: object) -> str | None:
+    """Return where a scorer that can be saved comes from: `package.module.Class`."""
+    if scorer is None or not hasattr(scorer, "save_pretrained"):
+        return None
+    return f"{type(scorer).__module__}.{type(scorer).__qualname__}"

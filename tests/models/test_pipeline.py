@@ -1,0 +1,171 @@
+"""The diffusers pipeline is the loop: same frames, saved and loaded whole, errors in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the pipeline is a diffusers class")
+pytest.importorskip("transformers", reason="the text encoder is a transformers class")
+
+from sdvg import SDVG, Always, Block, Never, Reward, SDVGPipeline
+from sdvg.models import embedded
+from sdvg.scorers.digits import DigitsReward
+
+PROMPT = "a seven moving left"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> SDVGPipeline:
+    pipe = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def frames(pipe: SDVGPipeline, prompt: object = PROMPT, **options: object) -> torch.Tensor:
+    options = {"num_blocks": 2, "generator": 3, "output_type": "pt"} | options
+    return pipe(prompt, **options).frames
+
+
+def test_the_pipeline_equals_the_loop_bitwise(pipe: SDVGPipeline) -> None:
+    pair = embedded.load(decoder_dtype=torch.float32)
+    loop = SDVG(*pair, router=Reward(-0.7)).generate([PROMPT], num_blocks=3, seed=5)
+    made = torch.cat([block.frames for block in loop], 1)
+    out = pipe(PROMPT, num_blocks=3, generator=torch.Generator().manual_seed(5), output_type="pt")
+    assert torch.equal(out.frames, made)
+    assert out.verdicts == loop.verdicts
+    assert pipe.summary().blocks == out.stats.blocks == 3
+
+
+def test_what_is_saved_loads_whole(pipe: SDVGPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = SDVGPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again.scorer, DigitsReward)
+    assert again.scorer.mean == pipe.scorer.mean
+    kept = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
+    assert {name: again.config[name] for name in kept} == kept
+    # to rounding: weights that lie elsewhere in memory may take another matrix product
+    assert (frames(again) - frames(pipe)).abs().max() < 1e-4
+
+
+def test_another_part_may_be_given_when_loading() -> None:
+    def scorer(frames: torch.Tensor, prompts: object) -> torch.Tensor:
+        return frames.mean((2, 3, 4))
+
+    loaded = SDVGPipeline.from_pretrained(
+        embedded.WEIGHTS, dtype=torch.float32, scorer=scorer, drafter=None
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.scorer is scorer
+    out = loaded(PROMPT, num_blocks=2, generator=0)
+    assert [row[0].reason for row in out.verdicts] == ["target-only"] * 2
+
+
+def test_stream_yields_blocks_and_switches_prompts(pipe: SDVGPipeline) -> None:
+    stream = pipe.stream(PROMPT, num_blocks=3, generator=3, router=Never())
+    made = [next(stream)]
+    assert made[0].frames.shape == (1, 9, 3, 32, 32)
+    stream.switch(["a two moving left"])
+    made += list(stream)
+    other = frames(pipe, num_blocks=3, router=Never())
+    assert torch.equal(made[0].frames, other[:, :9])
+    assert (made[1].frames - other[:, 9:21]).abs().max() > 0.1
+    assert pipe.summary().blocks == 3
+
+
+@pytest.mark.parametrize(
+    ("output_type", "shape"),
+    [("np", (2, 21, 32, 32, 3)), ("pt", (2, 21, 3, 32, 32)), ("latent", (2, 6, 16, 4, 4))],
+)
+def test_output_types(pipe: SDVGPipeline, output_type: str, shape: tuple[int, ...]) -> None:
+    made = frames(pipe, [PROMPT, "a two moving up"], output_type=output_type)
+    assert tuple(made.shape) == shape
+    assert isinstance(made, np.ndarray if output_type == "np" else torch.Tensor)
+
+
+def test_pil_output_and_tuple(pipe: SDVGPipeline) -> None:
+    videos, verdicts, stats = pipe(
+        PROMPT, num_blocks=1, generator=0, output_type="pil", return_dict=False
+    )
+    assert len(videos) == 1
+    assert [image.size for image in videos[0]] == [(32, 32)] * 9
+    assert len(verdicts) == stats.blocks == 1
+
+
+def test_the_callback_sees_each_block(pipe: SDVGPipeline) -> None:
+    seen: list[tuple[int, Block]] = []
+    pipe(
+        PROMPT,
+        num_blocks=2,
+        callback_on_block_end=lambda _, index, block: seen.append((index, block)),
+    )
+    assert [index for index, _ in seen] == [0, 1]
+    assert seen[1][1].frames.shape[1] == 12
+
+
+def test_an_image_and_a_video_are_gone_on_from(pipe: SDVGPipeline) -> None:
+    made = frames(pipe, num_blocks=3, router=Never())
+    still = pipe(PROMPT, image=made[:, 8], num_blocks=2, generator=0, router=Always())
+    # the autoencoder brings the picture back, blurred a little
+    assert np.abs(still.frames[0, 8].transpose(2, 0, 1) - made[0, 8].numpy()).mean() < 0.05
+    assert [row[0].reason for row in still.verdicts] == ["given", "router"]
+    out = pipe(PROMPT, video=made[:, :21], num_blocks=3, generator=0, output_type="pt")
+    assert (out.frames[:, :21] - made[:, :21]).abs().mean() < 0.05
+    assert [row[0].reason for row in out.verdicts[:2]] == ["given"] * 2
+
+
+def test_videos_of_one_call_equal_them_alone(pipe: SDVGPipeline) -> None:
+    both = frames(pipe, [PROMPT, PROMPT])
+    assert (both[:1] - frames(pipe)).abs().max() < 1e-4
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+def test_html_and_blanks_in_a_prompt_do_not_matter(pipe: SDVGPipeline) -> None:
+    assert torch.equal(frames(pipe, "  a seven\n moving&nbsp;left "), frames(pipe))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"output_type": "gif"}, "output_type must be one of np, pt, pil, latent, got 'gif'"),
+        ({"height": 40}, "height must be a multiple of 16, got 40"),
+        ({"width": 0, "height": 16, "video": torch.zeros(1, 10, 3, 16, 32)}, "9 \\+ n \\* 12"),
+        ({"video": torch.zeros(3, 9, 3, 32, 32)}, "one for each of 1 prompts, got 3"),
+        ({"image": torch.zeros(1, 3, 32, 32), "video": 1}, "must not both be given"),
+        ({"prompt": ""}, "a prompt must not be empty"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1"),
+        ({"schedule": "fast"}, "preset must be one of"),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_sentence(
+    pipe: SDVGPipeline, options: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        pipe(**({"prompt": PROMPT} | options))
+
+
+def test_a_generator_of_another_type_and_an_early_summary_are_refused(pipe: SDVGPipeline) -> None:
+    with pytest.raises(TypeError, match=r"must be one torch\.Generator or a seed, got list"):
+        pipe(PROMPT, generator=[torch.Generator()])
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS)
+    with pytest.raises(RuntimeError, match="summary must follow a video"):
+        fresh.summary()
+
+
+def test_offloaded_models_give_the_same_video(pipe: SDVGPipeline) -> None:
+    """On a CPU the hooks move nothing, but they must fire where no forward of theirs is called."""
+    pytest.importorskip("accelerate", reason="offloading is accelerate's")
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    fresh.set_progress_bar_config(disable=True)
+    fresh.enable_model_cpu_offload(device="cpu")
+    fired = []
+    for name in ("drafter", "transformer", "vae"):
+        hook = getattr(fresh, name)._hf_hook
+        before = hook.pre_forward
+        hook.pre_forward = lambda *a, _b=before, _n=name, **k: (fired.append(_n), _b(*a, **k))[1]
+    assert torch.equal(frames(fresh), frames(pipe))
+    assert set(fired) == {"drafter", "transformer", "vae"}
