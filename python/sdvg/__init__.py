@@ -13,7 +13,7 @@ from sdvg.schedule import Schedule, preset
 from sdvg.types import Block, Draft, Stats, Verdict
 
 if TYPE_CHECKING:
-    from sdvg.pipeline import SDVGPipeline
+    from sdvg.pipeline import SDVGPipeline as SDVGPipeline
 
 __all__ = [
     "SDVG",
