@@ -38,6 +38,8 @@ class SDVG:
             drafter the target makes every block.
         decoder: latents to frames.
         scorer: frames to rewards; needed by routers that look at them.
+        preview: a cheaper decoder for the scorer's eyes; `decoder` then decodes only what is
+            final.
         router: which drafts are kept (`sdvg.router`, or any callable of a `Draft`).
         schedule: denoising steps of the target, a `Schedule` or the name of a preset.
         drafter_schedule: the drafter's, by default the same.
@@ -71,8 +73,10 @@ class SDVG:
         commit: str | Recompute = "lazy",
         drafter_cache: str = "own",
         run_ahead: int = 0,
+        preview: Decoder | None = None,
     ) -> None:
         self.drafter, self.target, self.decoder, self.scorer = drafter, target, decoder, scorer
+        self.preview = preview
         self.router = Reward() if router is None else router
         self.schedule = preset(schedule) if isinstance(schedule, str) else schedule
         drafting = schedule if drafter_schedule is None else drafter_schedule
@@ -184,8 +188,12 @@ class Generation(Iterator[Block]):
         # block -> clean latents that were given; to the drafter they are drafts of its own
         self._given = self._split(given)
         self._drafts = dict(self._given)
-        # decoder state before each block that may still be made
-        self._states = {0: sdvg.decoder.start(len(prompts))}
+        # the scorer watches the last one
+        self._decoders = [sdvg.decoder]
+        if sdvg.preview is not None and needs_score(sdvg.router):
+            self._decoders.append(sdvg.preview)
+        # their states before each block that may still be made
+        self._states = {0: [decoder.start(len(prompts)) for decoder in self._decoders]}
         self._frames = 0
         self._clock = Clock()
         self._drafter = self._target = None
@@ -212,14 +220,15 @@ class Generation(Iterator[Block]):
         if sdvg.commit == "eager" and self._target is not None:
             self._target.catch_up(index, None, self.latents, self._clock)
 
-        frames = state = None
+        # what the scorer saw of the draft: frames, and the decoder's state after them
+        seen = None
         accept = self._decide_early(index)
         draft = self._given.get(index)
         if draft is None and self._needs_draft(accept):
             draft = self._draft(index)
         if accept is None:
-            frames, state = self._decode(draft, before)
-            rewards = self._score(frames, index)
+            seen = self._decode(-1, draft, before[-1])
+            rewards = self._score(seen[0], index)
             accept = sdvg.router(Draft(index, self.seed, self.sequences, rewards))
             verdicts = self._verdicts(accept, "router", rewards)
         else:
@@ -229,27 +238,19 @@ class Generation(Iterator[Block]):
         if not rejected:
             latents = draft
         elif len(rejected) == len(self.prompts):
-            latents, frames = self._repair(index, None), None
+            latents = self._repair(index, None)
         else:
             rows = torch.tensor(rejected, device=draft.device)
-            repaired = self._repair(index, rows)
-            latents = draft.index_copy(0, rows, repaired)
-            if frames is not None:
-                rows = rows.to(frames.device)
-                restored = sdvg.decoder.take(before, rows)
-                repaired_frames, repaired_state = self._decode(repaired, restored)
-                frames = frames.index_copy(0, rows, repaired_frames)
-                state = sdvg.decoder.select(state, repaired_state, rows)
-        if frames is None:
-            # nothing of a decoded draft is kept: the decoder goes on from before it
-            frames, state = self._decode(latents, before)
+            latents = draft.index_copy(0, rows, self._repair(index, rows))
+        final = self._show(latents, rejected, seen, before)
+        frames = final[0][0]
         _require_finite(frames, "decoder", "decode", index)
         if self._drafter is not None and sdvg.drafter_cache == "synced":
             # without a clean pass its cache holds the draft that was rejected
             self._drafter.forget(index, rejected)
 
         seconds = self._clock.end()
-        self._states[index + 1] = state
+        self._states[index + 1] = [state for _, state in final]
         self.verdicts[index:] = [verdicts]
         self.latents.append(latents)
         self._frames += frames.shape[0] * frames.shape[1]
@@ -374,9 +375,39 @@ class Generation(Iterator[Block]):
         _require_finite(latents, "target", "target", index)
         return latents
 
-    def _decode(self, latents: Tensor, state: object) -> tuple[Tensor, object]:
-        with self._clock.stage("decode", len(latents), latents.device):
-            return self.sdvg.decoder.decode(latents, state)
+    def _show(
+        self,
+        latents: Tensor,
+        rejected: Sequence[int],
+        seen: tuple[Tensor, object] | None,
+        before: Sequence[object],
+    ) -> list[tuple[Tensor, object]]:
+        """Return frames and state of each decoder; what one has decoded of a kept draft stays.
+
+        A decoder goes on from `before` for what is new: a rejected draft leaves no trace in it.
+        """
+        shown = []
+        for at, (decoder, state) in enumerate(zip(self._decoders, before, strict=True)):
+            decoded = seen if at == len(self._decoders) - 1 else None
+            if decoded is None or len(rejected) == len(self.prompts):
+                shown.append(self._decode(at, latents, state))
+            elif rejected:
+                frames, after = decoded
+                rows = torch.tensor(rejected, device=frames.device)
+                repaired = latents[rows.to(latents.device)]
+                mended, mended_state = self._decode(at, repaired, decoder.take(state, rows))
+                frames = frames.index_copy(0, rows, mended)
+                shown.append((frames, decoder.select(after, mended_state, rows)))
+            else:
+                shown.append(decoded)
+        return shown
+
+    def _decode(self, at: int, latents: Tensor, state: object) -> tuple[Tensor, object]:
+        # a preview is part of what scoring costs
+        decoder = self._decoders[at]
+        stage, units = ("decode", len(latents)) if decoder is self.sdvg.decoder else ("score", 0)
+        with self._clock.stage(stage, units, latents.device):
+            return decoder.decode(latents, state)
 
     def _score(self, frames: Tensor, index: int) -> Tensor:
         with self._clock.stage("score", len(frames), frames.device):

@@ -29,7 +29,7 @@ from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
 from sdvg.router import Reward
 from sdvg.schedule import Schedule
-from sdvg.types import Block, Router, Stats, Verdict
+from sdvg.types import Block, Decoder, Router, Stats, Verdict
 
 # pixels of a latent, and frames of a latent frame but the first
 SPACE, TIME = 8, 4
@@ -154,6 +154,7 @@ class SDVGPipeline(DiffusionPipeline):
         drafter_cache: str = "own",
         force_first: bool = True,
         run_ahead: int = 0,
+        preview: Decoder | None = None,
     ) -> Generation:
         """Return an iterator that yields each block as soon as it is final.
 
@@ -169,7 +170,8 @@ class SDVGPipeline(DiffusionPipeline):
             height, width: pixels, multiples of 16.
             tau, router: the threshold of `Reward`, or any other router.
             generator: its seed, or the seed itself, keys the noise; None: a random seed.
-            schedule, drafter_schedule, commit, drafter_cache, force_first, run_ahead: see `SDVG`.
+            schedule, drafter_schedule, commit, drafter_cache, force_first, run_ahead, preview: see
+                `SDVG`; a preview is `sdvg.models.vae.TinyDecoder`, say.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, in one sentence.
@@ -185,7 +187,7 @@ class SDVGPipeline(DiffusionPipeline):
             Reward(tau) if router is None else router,
             schedule=schedule or self.config.schedule, drafter_schedule=drafter_schedule,
             force_first=force_first, commit=commit, drafter_cache=drafter_cache,
-            run_ahead=run_ahead,
+            run_ahead=run_ahead, preview=preview,
         )  # fmt: skip
         self._generation = loop.generate(
             prompts, num_blocks=num_blocks, seed=_seed(generator), given=given

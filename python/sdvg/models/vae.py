@@ -1,11 +1,19 @@
-"""Streaming decode of diffusers' causal Wan VAE, block by block, with a state that is a value."""
+"""Streaming decode of latents, block by block, with a state that is a value.
+
+`StreamingVAE` runs diffusers' causal Wan VAE, `TinyDecoder` a distilled decoder for previews.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -107,3 +115,125 @@ def _rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     power = hidden.square().sum(1 if norm.channel_first else -1, keepdim=True, dtype=wide)
     out = hidden * (norm.scale / power.sqrt().clamp_min(1e-12)).to(hidden.dtype) * norm.gamma
     return out + norm.bias if isinstance(norm.bias, Tensor) else out
+
+
+class TinyDecoder(nn.Module):
+    """A `Decoder` (see `sdvg.types`) with TAEHV's layout: small enough to score every draft on.
+
+    Weights are the user's (`taew2_1`, `taew2_2`: github.com/madebyollin/taehv). Latents are the
+    pipeline's normalised ones. Each of the three stages doubles the size, the last two double the
+    frames; a memory block sees the frame before, so one block of latents goes through in one call.
+    Sizes are read off the weights.
+
+    Args:
+        weights: name -> tensor, with or without the encoder's.
+
+    Raises:
+        ValueError: weights that are not a TAEHV decoder's.
+    """
+
+    # places in the decoder's sequence: memory blocks, then what ends the stage
+    _STAGES = ((3, 4, 5, 7, 8), (9, 10, 11, 13, 14), (15, 16, 17, 19, 20))
+    _FIRST, _LAST = 1, 22
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        prefix = "decoder."
+        weights = {k: v for k, v in weights.items() if k.startswith(prefix)}
+        ends = (self._FIRST, *(stage[-1] for stage in self._STAGES), self._LAST)
+        missing = [end for end in ends if f"{prefix}{end}.weight" not in weights]
+        if missing:
+            raise ValueError(
+                f"tiny_decoder: weights must hold {prefix}{missing[0]}.weight of TAEHV's layout, "
+                "got no such tensor"
+            )
+        # [out, in] of the convolutions between stages
+        widths = [weights[f"{prefix}{end}.weight"].shape[0] for end in ends]
+        channels = weights[f"{prefix}{self._FIRST}.weight"].shape[1]
+        self.patch_size = math.isqrt(widths[-1] // 3)
+        layers = {str(self._FIRST): nn.Conv2d(channels, widths[0], 3, padding=1)}
+        for stage, (width, after) in enumerate(itertools.pairwise(widths[:-1])):
+            *memory, grow, end = map(str, self._STAGES[stage])
+            layers |= {place: _MemoryBlock(width) for place in memory}
+            frames = 1 if stage == 0 else 2
+            layers[grow] = nn.ModuleDict({"conv": nn.Conv2d(width, frames * width, 1, bias=False)})
+            layers[end] = nn.Conv2d(width, after, 3, padding=1, bias=False)
+            name = f"{prefix}{grow}.conv.weight"
+            if name in weights:
+                # a stage that was trained to grow in time and does not here keeps the last frame
+                weights[name] = weights[name][-frames * width :]
+        layers[str(self._LAST)] = nn.Conv2d(widths[-2], widths[-1], 3, padding=1)
+        self.decoder = nn.ModuleDict(layers)
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                "tiny_decoder: weights must have TAEHV's layout, got: "
+                + " ".join(str(error).split()[-12:])
+            ) from error
+        self.to(weights[f"{prefix}{self._FIRST}.weight"].dtype)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TinyDecoder:
+        """Read a `.safetensors` file, or a `.pth` with nothing but tensors in it."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tiny_decoder: weights must be a file, got {path}, which is missing")
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return cls(load_file(path))
+        return cls(torch.load(path, map_location="cpu", weights_only=True))
+
+    def start(self, batch: int) -> DecoderState:
+        """Return the state before the first block; it serves any batch."""
+        return DecoderState((None,) * 9, True)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Return frames `[B, N, 3, H, W]` in [0, 1] of latents `[B, F, C, h, w]`, and the state.
+
+        N is 4 F, less 3 in the first block: the first latent frame stands for one frame.
+        """
+        layers, batch = self.decoder, len(latents)
+        hidden = latents.to(next(self.parameters())).flatten(0, 1)
+        hidden = layers[str(self._FIRST)](3 * torch.tanh(hidden / 3)).relu()
+        before, after = iter(state.features), []
+        for stage in self._STAGES:
+            *memory, grow, end = map(str, stage)
+            for place in memory:
+                frames = hidden.unflatten(0, (batch, -1))
+                last = next(before)
+                last = torch.zeros_like(frames[:, :1]) if last is None else last
+                past = torch.cat((last, frames[:, :-1]), dim=1).flatten(0, 1)
+                # a copy: a view would keep all frames alive
+                after.append(frames[:, -1:].clone())
+                hidden = layers[place](hidden, past)
+            hidden = F.interpolate(hidden, scale_factor=2.0)
+            width = hidden.shape[1]
+            hidden = layers[grow]["conv"](hidden).unflatten(1, (-1, width)).flatten(0, 1)
+            hidden = layers[end](hidden)
+        pixels = F.pixel_shuffle(layers[str(self._LAST)](hidden.relu()), self.patch_size)
+        pixels = pixels.unflatten(0, (batch, -1)).float().clamp(0, 1)
+        return pixels[:, 3 if state.first else 0 :], DecoderState(tuple(after), False)
+
+    take = StreamingVAE.take
+    select = StreamingVAE.select
+
+
+class _MemoryBlock(nn.Module):
+    """A residual block that sees its input of one frame earlier."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, hidden: Tensor, past: Tensor) -> Tensor:
+        return (self.conv(torch.cat((hidden, past), dim=1)) + hidden).relu()
