@@ -21,6 +21,12 @@ _EXPORTS = {
     "block_causal_attention": "attention",
     "KeyBias": "attention",
     "route_blocks": "verify",
+    "rope_table": "rope",
+    "norm_rope": "rope",
+    "norm_rope_stage_": "rope",
+    "modulated_layer_norm": "modulation",
+    "gated_residual": "modulation",
+    "gated_residual_layer_norm": "modulation",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 

@@ -86,6 +86,61 @@ define(
 )
 
 
+# modulation: a row for each frame, and a table [C] that is added to it
+
+_GATE = "Tensor? gate, Tensor? gate_table"
+_NORM = """Tensor? shift, Tensor? shift_table, Tensor? scale, Tensor? scale_table,
+    Tensor? weight, Tensor? bias, float eps, ScalarType dtype, str implementation"""
+
+
+def _fake_rows(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+define(
+    f"modulated_layer_norm(Tensor x, {_NORM}) -> Tensor",
+    lambda x, *arguments: _fake_rows(x, arguments[7]),
+)
+define(
+    f"gated_residual(Tensor x, Tensor y, {_GATE}, str implementation) -> Tensor",
+    lambda x, *_: _fake_rows(x),
+)
+define(
+    f"gated_residual_layer_norm(Tensor x, Tensor y, {_GATE}, {_NORM}) -> (Tensor, Tensor)",
+    lambda x, *arguments: (_fake_rows(x), _fake_rows(x, arguments[10])),
+)
+
+# frames: [B, F, 3, size, size]
+
+define(
+    "preprocess_frames(Tensor video, int size, float[] mean, float[] std, ScalarType dtype,"
+    " str implementation) -> Tensor",
+    lambda video, size, mean, std, dtype, _: video.new_empty(
+        (video.shape[0], video.shape[2], 3, size, size), dtype=dtype
+    ),
+)
+
+# rope: rotated (query, key); and with the cache write, rotated query
+
+_ROPE = """Tensor table, Tensor? query_weight, Tensor? key_weight{scales}, float eps, int height,
+    int width, int{start} start_frame, Tensor? frame_offsets"""
+
+define(
+    "norm_rope(Tensor query, Tensor key, "
+    + _ROPE.format(scales="", start="")
+    + ", str implementation) -> (Tensor, Tensor)",
+    lambda query, key, *_: tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key)
+    ),
+)
+define(
+    "norm_rope_stage_(Tensor query, Tensor key, Tensor value, Tensor(a!) k_cache,"
+    " Tensor(b!) v_cache, Tensor lengths, "
+    + _ROPE.format(scales=", Tensor(c!)? k_scale, Tensor(d!)? v_scale", start="?")
+    + ", int sink, Tensor? cache_batch_idx, str implementation) -> Tensor",
+    lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
+)
+
 # cache: a list holds one tensor [layers, ...] or one tensor per layer; an empty undo: none is kept
 
 _CACHES = "Tensor(a!)[] k_cache, Tensor(b!)[] v_cache"

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from sdvg_kernels._budget import SHARED_LIMIT, Budget, Compilation
 
 # ops with Triton kernels
-TRITON_OPS = ("attention", "verify")
+TRITON_OPS = ("attention", "verify", "modulation")
 # nvcc's names have a suffix for instructions of one generation only
 _CUDA_ARCH = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 _PACKAGE = Path(__file__).parent
