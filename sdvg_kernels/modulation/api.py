@@ -152,11 +152,12 @@ def gated_residual_layer_norm(
 
 def _check_rows(op: str, name: str, rows: torch.Tensor) -> None:
     """Raise unless `rows` is [B, T, C], floating and dense in C."""
-    if rows.dim() != 3 or rows.shape[2] == 0:
-        raise ValueError(message(op, name, "be [B, T, C] with at least one channel", rows.shape))
+    shape = rows.shape
+    if len(shape) != 3 or shape[2] == 0:
+        raise ValueError(message(op, name, "be [B, T, C] with at least one channel", shape))
     if not rows.dtype.is_floating_point:
         raise TypeError(message(op, name, "be floating", rows.dtype))
-    if rows.stride(2) != 1 and rows.shape[2] > 1:
+    if rows.stride(2) != 1 and shape[2] > 1:
         rule, remedy = "be contiguous in the last dim", "call .contiguous()"
         raise ValueError(message(op, name, rule, f"stride {rows.stride(2)}", remedy))
 
@@ -175,7 +176,8 @@ def _check_modulation(
 ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Return (rows, table) for each name; raise unless they fit x and one another."""
     batch, tokens, width = x.shape
-    frames, pairs = None, []
+    device = x.device
+    expected, pairs = None, []
     for name, value in given.items():
         if value is None:
             pairs.append((None, None))
@@ -183,18 +185,18 @@ def _check_modulation(
         rows, table = value if isinstance(value, tuple) else (value, None)
         _check_rows(op, name, rows)
         shape = rows.shape
-        if frames is None:
+        if expected is None:
             frames = shape[1]
-            divides = frames > 0 and tokens % frames == 0
-            if not divides:
+            if frames == 0 or tokens % frames:
                 rule = f"have a number of frames that divides x's {tokens} tokens"
                 raise ValueError(message(op, name, rule, shape))
-        if shape != (batch, frames, width):
-            raise ValueError(message(op, name, f"be [{batch}, {frames}, {width}]", shape))
-        if rows.device != x.device:
+            expected = (batch, frames, width)
+        if shape != expected:
+            raise ValueError(message(op, name, f"be {list(expected)}", shape))
+        if rows.device != device:
             raise ValueError(message(op, name, "be on x's device", rows.device))
         if table is not None:
-            _check_vector(op, f"{name}[1]", table, x)
+            _check_vector(op, name, table, width, device, part="[1]")
         pairs.append((rows, table))
     return pairs
 
@@ -215,29 +217,33 @@ def _check_norm(
         given = "None" if bias is None else "no weight"
         raise ValueError(message(op, "bias", "be given together with weight", given))
     if weight is not None and bias is not None:
-        _check_vector(op, "weight", weight, x)
-        _check_vector(op, "bias", bias, x)
+        _check_vector(op, "weight", weight, x.shape[2], x.device)
+        _check_vector(op, "bias", bias, x.shape[2], x.device)
 
 
-def _check_vector(op: str, name: str, vector: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise unless `vector` is a contiguous floating [C] on x's device."""
-    if vector.shape != x.shape[2:] or not vector.is_contiguous():
-        rule = f"be a contiguous [{x.shape[2]}]"
+def _check_vector(
+    op: str, name: str, vector: torch.Tensor, width: int, device: torch.device, part: str = ""
+) -> None:
+    """Raise unless `vector`, `part` of an argument, is a contiguous floating [C] on `device`."""
+    if vector.shape != (width,) or not vector.is_contiguous():
         got = f"{list(vector.shape)} of stride {list(vector.stride())}"
-        raise ValueError(message(op, name, rule, got))
+        raise ValueError(message(op, name + part, f"be a contiguous [{width}]", got))
     if not vector.dtype.is_floating_point:
-        raise TypeError(message(op, name, "be floating", vector.dtype))
-    if vector.device != x.device:
-        raise ValueError(message(op, name, "be on x's device", vector.device))
+        raise TypeError(message(op, name + part, "be floating", vector.dtype))
+    if vector.device != device:
+        raise ValueError(message(op, name + part, "be on x's device", vector.device))
 
 
 def _choose(op: str, implementation: str | None, x: torch.Tensor, dtype: torch.dtype) -> str:
     """Return which implementation runs; a reference that nobody asked for is logged once."""
-    device = x.device.type
-    available = _available(device, x.shape[2], x.dtype, dtype)
-    if implementation is None and (reason := next(iter(available.values()))):
+    device, width = x.device.type, x.shape[2]
+    available = _available(device, width, x.dtype, dtype)
+    if implementation is None:
+        chosen = next(iter(available))
+        if not (reason := available[chosen]):
+            return chosen
         _warn_once(op, device, reason)
-    where = f"{device} tensors of {x.shape[2]} channels and {x.dtype}"
+    where = f"{device} tensors of {width} channels and {x.dtype}"
     return require_implementation(op, implementation, available, where)
 
 
