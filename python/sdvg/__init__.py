@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation
+from sdvg.models.accelerate import accelerate
 from sdvg.router import Always, Never, Random, Reward, Stride
 from sdvg.schedule import Schedule, preset
 from sdvg.types import Block, Draft, Stats, Verdict
@@ -29,6 +30,7 @@ __all__ = [
     "Stats",
     "Stride",
     "Verdict",
+    "accelerate",
     "preset",
 ]
 

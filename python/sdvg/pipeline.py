@@ -113,6 +113,12 @@ class SDVGPipeline(DiffusionPipeline):
         )  # fmt: skip
         self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
         self._generation: Generation | None = None
+        self._accelerated = False
+
+    def accelerate(self) -> SDVGPipeline:
+        """Run both transformers on the fused ops from the next video on; return self."""
+        self._accelerated = True
+        return self
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: object) -> SDVGPipeline:
@@ -262,12 +268,13 @@ class SDVGPipeline(DiffusionPipeline):
             step = SPACE * transformer.config.patch_size[1]
             if size % step or size < step:
                 raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
-        return CausalWan(
+        model = CausalWan(
             transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
             frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
             window_frames=window_frames or self.config.window_frames,
             device=self._execution_device,
         )  # fmt: skip
+        return model.accelerate() if self._accelerated else model
 
     @torch.no_grad()
     def _given(

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="the pipeline is a diffusers class")
 pytest.importorskip("transformers", reason="the text encoder is a transformers class")
 
-from sdvg import SDVG, Always, Block, Never, Reward, SDVGPipeline
+from sdvg import SDVG, Always, Block, Never, Reward, SDVGPipeline, accelerate
 from sdvg.models import embedded
 from sdvg.scorers.digits import DigitsReward
 
@@ -154,6 +154,17 @@ def test_a_generator_of_another_type_and_an_early_summary_are_refused(pipe: SDVG
     fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS)
     with pytest.raises(RuntimeError, match="summary must follow a video"):
         fresh.summary()
+
+
+def test_an_accelerated_pipeline_gives_the_same_video(pipe: SDVGPipeline) -> None:
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    fresh.set_progress_bar_config(disable=True)
+    assert accelerate(fresh) is fresh
+    # twice: a second call makes the models anew around the same transformers
+    for _ in range(2):
+        assert (frames(fresh) - frames(pipe)).abs().max() < 1e-3
+    with pytest.raises(TypeError, match="must be a CausalWan, a pair or an SDVGPipeline, got int"):
+        accelerate(3)
 
 
 def test_offloaded_models_give_the_same_video(pipe: SDVGPipeline) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvg.cache import KVCache
+from sdvg.models.accelerate import fuse
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -104,6 +105,17 @@ class CausalWan:
     def dtype(self) -> torch.dtype:
         """The transformer's own dtype."""
         return self.transformer.proj_out.weight.dtype
+
+    def accelerate(self) -> CausalWan:
+        """Run the blocks on the fused ops from now on (`sdvg.models.accelerate`); return self."""
+        fuse(self)
+        return self
+
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        """Return (frames, height, width) of a pass over `tokens` tokens."""
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        _, _, height, width = self.block_shape
+        return tokens // self.frame_tokens, height // patch_height, width // patch_width
 
     @torch.no_grad()
     def start(self, prompts: Sequence[str]) -> None:
