@@ -15,18 +15,24 @@ class Budget:
     registers: int = 255
     # bytes stored to and loaded from local memory, summed over the instructions
     spill_bytes: int = 0
-    # prefix of a SASS mnemonic: HMMA, HGMMA, UTC; None: any or none
+    # prefix of a SASS mnemonic: HMMA, HGMMA, QGMMA, UTC; None: any or none
     matrix: str | None = None
+    # whether each main loop (innermost, with warpgroup products) must do other work while products
+    # are in flight: it has a wgmma.wait_group above 0
+    overlapped: bool = False
+    # register counts that the partitions must set (setmaxnreg), in any order
+    setmaxnreg: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """One Triton kernel in one shipped configuration, as a launch on `arch` compiles it."""
+    """A Triton or Gluon kernel in one shipped configuration, as a launch on `arch` compiles it."""
 
     kernel: object
     arch: int
     config: str
-    # argument -> Triton type, for the arguments that are not in `constants`
+    # argument -> Triton type, for the arguments that are not in `constants`; a descriptor's type:
+    # f"tensordesc<bf16[64, 128],{layout!r}>"
     signature: dict[str, str]
     constants: dict[str, object]
     # integer and pointer arguments that are multiples of 16 in the launches that matter
@@ -34,3 +40,6 @@ class Compilation:
     num_warps: int
     num_stages: int
     budget: Budget = field(default_factory=Budget)
+    # the launch's options of these names
+    maxnreg: int | None = None
+    enable_fp_fusion: bool = True

@@ -2,17 +2,20 @@
 
     python -m sdvg_kernels.codegen [--arch sm_90] [--kernel attention] [--json out.json]
 
-Triton kernels are compiled in every shipped configuration (`compilations` in op/kernel.py); CUDA
-kernels are read from the built extension, or compiled from csrc/ where there is nvcc. What is
-printed is read from the machine code: registers, bytes spilled, shared memory, and the matrix
-instructions. Exit code 1, with a list, when a kernel is over its budget (op/config.py; `// budget:
-<kernel> registers <n>` in csrc/).
+Triton and Gluon kernels are compiled in every shipped configuration: what `compilations(arch)` of
+each op/kernel.py and op/hopper.py yields. CUDA kernels are read from the built extension, or
+compiled from csrc/ where there is nvcc. What is printed is read from the code: registers, bytes
+spilled, shared memory, the matrix instructions, the waits for warpgroup products in the main loops
+and the registers of the partitions. Exit code 1, with a list, when a kernel is over its budget
+(op/config.py; `// budget: <kernel> registers <n>` in csrc/).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,8 +33,6 @@ from typing import NamedTuple
 
 from sdvg_kernels._budget import SHARED_LIMIT, Budget, Compilation
 
-# ops with Triton kernels
-TRITON_OPS = ("attention", "verify", "modulation")
 # nvcc's names have a suffix for instructions of one generation only
 _CUDA_ARCH = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 _PACKAGE = Path(__file__).parent
@@ -38,6 +40,8 @@ _SOURCES = _PACKAGE.parent / "csrc"
 # [0]: the mnemonic with its modifiers
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b")
 _LOCAL = re.compile(r"\b(?:STL|LDL)((?:\.\w+)*)")
+# LLVM names a block's innermost loop, and a header's parents, in comments
+_LOOP = re.compile(r"(?:(Parent Loop|in Loop: Header=)\s*(BB\w+)|=>\s*This (?:Inner )?Loop Header)")
 
 
 class Row(NamedTuple):
@@ -50,6 +54,8 @@ class Row(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     matrix: str
+    # "waits 1 0, 1 0": of each main loop with warpgroup products; "setmaxnreg 240 24"
+    pipeline: str
     over: str
 
 
@@ -60,53 +66,77 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=names, action="append", help="only this; default all")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
     parser.add_argument("--json", type=Path, help="also write the rows there")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA kernels out")
     options = parser.parse_args(arguments)
     archs = [int(name[3:]) for name in options.arch or names]
     if os.environ.pop("TRITON_INTERPRET", None):
         print("codegen: TRITON_INTERPRET is ignored", file=sys.stderr)
 
     start = time.perf_counter()
+    holding = [room for room in rooms() if hasattr(importlib.import_module(room), "compilations")]
+    silent = sorted({*rooms()} - {*holding})
     jobs = [
-        (op, arch, index)
-        for op in TRITON_OPS
+        (room, arch, index)
+        for room in holding
         for arch in archs
-        for index, case in enumerate(_cases(op, arch))
+        for index, case in enumerate(_cases(room, arch))
         if options.kernel in case.kernel.__name__
     ]
     # spawned: a forked child would share its parent's threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(options.jobs, len(jobs))), context) as pool:
         rows = list(pool.map(_compile, jobs))
-    cuda, note = _cuda_rows(archs)
+    cuda, note = ([], "") if options.no_cuda else _cuda_rows(archs)
     rows += [row for row in cuda if options.kernel in row.kernel]
 
     print(_table(rows))
-    print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s{note}")
+    seconds = time.perf_counter() - start
+    print(f"{len(rows)} kernels in {seconds:.0f} s, Triton {_triton_version()}{note}")
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     over = [row for row in rows if row.over]
     for row in over:
         print(f"over budget: {row.kernel} {row.arch} {row.config}: {row.over}", file=sys.stderr)
+    for room in silent:
+        print(f"codegen: {room} must export compilations(arch), got none", file=sys.stderr)
     if not rows:
         print(f"codegen: --kernel must name a kernel, got {options.kernel!r}", file=sys.stderr)
-    return 1 if over or not rows else 0
+    return 1 if over or silent or not rows else 0
 
 
-def _cases(op: str, arch: int) -> Iterator[Compilation]:
-    yield from importlib.import_module(f"sdvg_kernels.{op}.kernel").compilations(arch)
+def rooms() -> list[str]:
+    """Return the modules that hold kernels: each op folder's `kernel` and `hopper`."""
+    found = (path for stem in ("kernel", "hopper") for path in _PACKAGE.glob(f"*/{stem}.py"))
+    return sorted(f"sdvg_kernels.{path.parent.name}.{path.stem}" for path in found)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _cases(room: str, arch: int) -> Iterator[Compilation]:
+    yield from importlib.import_module(room).compilations(arch)
 
 
 def _compile(job: tuple[str, int, int]) -> Row:
-    """Compile the Triton kernel `job` (op, arch, index) and return its row."""
+    """Compile the kernel `job` (room, arch, index) and return its row."""
+    room, arch, index = job
+    return compiled_row(list(_cases(room, arch))[index])
+
+
+def compiled_row(case: Compilation) -> Row:
+    """Compile a Triton or Gluon kernel and return its row."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    op, arch, index = job
-    case = list(_cases(op, arch))[index]
     names = case.kernel.arg_names
-    source = ASTSource(
+    gluon = case.kernel.is_gluon()
+    source = (GluonASTSource if gluon else ASTSource)(
         case.kernel,
         {name: "constexpr" if name in case.constants else case.signature[name] for name in names},
         {(names.index(name),): value for name, value in case.constants.items()},
@@ -116,18 +146,65 @@ def _compile(job: tuple[str, int, int]) -> Row:
             if name not in case.constants
         },
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
+    options: dict[str, object] = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    log = io.StringIO()
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        # only ptxas's own log says that it put products one after another; a cache has no log
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = gluon
+        compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         (facts,) = _read(cubin.name).values()
-    # Triton's shared memory is dynamic: the machine code does not tell
-    facts = facts._replace(shared_bytes=compiled.metadata.shared)
-    return _row(case.kernel.__name__, arch, case.config, facts, case.budget)
+    facts = facts._replace(
+        # Triton's shared memory is dynamic: the machine code does not tell
+        shared_bytes=compiled.metadata.shared,
+        waits=_main_loop_waits(compiled.asm["ptx"]),
+        setmaxnreg=_partition_registers(compiled.asm["ptx"]),
+        serialized="serialized" in log.getvalue(),
+    )
+    return _row(case.kernel.__name__, case.arch, case.config, facts, case.budget)
+
+
+def _main_loop_waits(ptx: str) -> tuple[tuple[int, ...], ...]:
+    """Return what each innermost loop with warpgroup products waits for: products left in flight.
+
+    The loops are LLVM's own, from its comments: text order would not tell a loop's blocks.
+    """
+    # what each loop issues and waits for in blocks of its own, and its parents
+    products, waits, parents = Counter(), defaultdict(list), defaultdict(set)
+    block, loop, above = "", "", set()
+    for line in ptx.splitlines():
+        if label := re.match(r"(?:\$L__|// %)(BB\w+|bb\.\d+):", line):
+            block, loop, above = label.group(1), "", set()
+        if found := _LOOP.search(line):
+            kind, name = found.groups()
+            if kind == "Parent Loop":
+                above.add(name)
+            elif kind is None:
+                loop = block
+                parents[loop] |= above
+            else:
+                loop = name
+        elif "wgmma.mma_async" in line:
+            products[loop] += 1
+        elif wait := re.search(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", line):
+            waits[loop].append(int(wait.group(1)))
+    loops = [name for name in products if name]
+    outer = {name for inner in loops for name in parents[inner]}
+    return tuple(tuple(waits[name]) for name in loops if name not in outer)
+
+
+def _partition_registers(ptx: str) -> tuple[int, ...]:
+    """Return the register counts that partitions set, largest first."""
+    return tuple(sorted({int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}, reverse=True))
 
 
 class _Facts(NamedTuple):
@@ -135,6 +212,11 @@ class _Facts(NamedTuple):
     shared_bytes: int
     spill_bytes: int
     matrix: dict[str, int]
+    # of each main loop with warpgroup products: products that its waits leave in flight
+    waits: tuple[tuple[int, ...], ...] = ()
+    setmaxnreg: tuple[int, ...] = ()
+    # ptxas gave up on products in flight: each waits for the one before it
+    serialized: bool = False
 
 
 def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> Row:
@@ -148,7 +230,17 @@ def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> 
         over.append(f"{facts.shared_bytes} bytes of shared memory of {SHARED_LIMIT[arch]}")
     if budget.matrix and not any(name.startswith(budget.matrix) for name in facts.matrix):
         over.append(f"no {budget.matrix} instruction")
+    if facts.serialized:
+        over.append("ptxas serialized the warpgroup products")
+    if budget.overlapped and not (facts.waits and all(any(loop) for loop in facts.waits)):
+        over.append("a main loop without a wgmma wait above 0")
+    if missing := set(budget.setmaxnreg) - set(facts.setmaxnreg):
+        over.append(f"no setmaxnreg {' '.join(map(str, sorted(missing)))}")
     matrix = " ".join(f"{count} {name}" for name, count in sorted(facts.matrix.items()))
+    pipeline = [f"waits {', '.join(' '.join(map(str, loop)) for loop in facts.waits)}"]
+    pipeline = pipeline if facts.waits else []
+    if facts.setmaxnreg:
+        pipeline.append(f"setmaxnreg {' '.join(map(str, facts.setmaxnreg))}")
     return Row(
         kernel,
         f"sm_{arch}",
@@ -157,6 +249,7 @@ def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> 
         facts.spill_bytes,
         facts.shared_bytes,
         matrix,
+        "; ".join(pipeline),
         "; ".join(over),
     )
 
@@ -277,7 +370,17 @@ def _run(*command: str) -> str:
 
 def _table(rows: list[Row]) -> str:
     """Return the rows as aligned text."""
-    head = ("kernel", "arch", "config", "registers", "spilled", "shared", "matrix", "budget")
+    head = (
+        "kernel",
+        "arch",
+        "config",
+        "registers",
+        "spilled",
+        "shared",
+        "matrix",
+        "pipeline",
+        "budget",
+    )
     body = [(*map(str, row[:-1]), row.over or "ok") for row in rows]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     return "\n".join(
