@@ -60,7 +60,9 @@ def _optimizers(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
             and "shared" not in name
             and "bias" not in name
         )
-        (matrices if hidden and "table" not in name else rest).append(p)
+        # a row of these belongs to one token
+        token = any(part in name for part in ("table", "embed_tokens", "lm_head"))
+        (matrices if hidden and not token else rest).append(p)
     return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr)]
 
 

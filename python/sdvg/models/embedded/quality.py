@@ -50,7 +50,7 @@ class Judge(DigitClassifier):
         return judge.eval().requires_grad_(False)
 
 
-def quality(frames: Tensor, prompt: str, judge: Judge | None = None) -> Quality:
+def quality(frames: Tensor, prompt: str, judge: Judge | None = None, *, stride: int = 1) -> Quality:
     """Does the video show the digit that was asked for, legible in every frame, moving as asked?
 
     - legibility: mean over frames of the judge's probability of the asked class (of any class, if
@@ -64,6 +64,7 @@ def quality(frames: Tensor, prompt: str, judge: Judge | None = None) -> Quality:
         frames: ``[N, 3, 32, 32]`` in [0, 1].
         prompt: what was asked for.
         judge: the classifier; the shipped one by default.
+        stride: how many frames of the asked speed lie from one frame to the next.
 
     Raises:
         ValueError: frames of another shape.
@@ -81,14 +82,14 @@ def quality(frames: Tensor, prompt: str, judge: Judge | None = None) -> Quality:
         legibility = float(probability.amax(-1).mean())
     else:
         legibility = float(probability[:, request.digit].mean())
-    motion = _motion(centroids(grey), request)
+    motion = _motion(centroids(grey), request, stride)
     return Quality(legibility * (1 + motion) / 2, legibility, motion)
 
 
-def _motion(measured: Tensor, request: Request) -> float:
+def _motion(measured: Tensor, request: Request, stride: int) -> float:
     ways = [request.direction] if request.direction else list(DIRECTIONS)
     paces = [request.speed] if request.speed else list(SPEEDS)
-    t = torch.arange(len(measured), dtype=torch.float32)[:, None]
+    t = stride * torch.arange(len(measured), dtype=torch.float32)[:, None]
     low, span = WALLS[0], WALLS[1] - WALLS[0]
     best = 0.0
     for way in ways:
