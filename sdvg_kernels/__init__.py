@@ -27,6 +27,7 @@ _EXPORTS = {
     "modulated_layer_norm": "modulation",
     "gated_residual": "modulation",
     "gated_residual_layer_norm": "modulation",
+    "preprocess_frames": "frames",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 
