@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,6 +24,10 @@ from sdvg_kernels import (
 )
 from sdvg_kernels._check import triton_reason
 from sdvg_kernels.attention import KeyBias
+
+if TYPE_CHECKING:
+    from sdvg_kernels._gluon import GluonLane as GluonLane
+    from sdvg_kernels._gluon import LaneFault as LaneFault
 
 # --- the host lane: the CUDA sources, run on CPU tensors thread by thread ---
 
@@ -52,6 +56,18 @@ def host_lane_order(order: int) -> Iterator[None]:
         yield
     finally:
         extension.set_host_order(0)
+
+
+# --- the Gluon lane: a Hopper kernel's own source, its partitions as threads ---
+
+
+def __getattr__(name: str) -> object:
+    # imported when asked for: it needs Triton
+    if name in ("GluonLane", "LaneFault"):
+        from sdvg_kernels import _gluon
+
+        return getattr(_gluon, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # --- lanes: where an implementation runs ---
