@@ -31,6 +31,13 @@ class _Stopped(BaseException):
     """Ends the thread of a partition when another one has failed."""
 
 
+def _closed() -> threading.Lock:
+    """Return a gate that one `release` opens for one `acquire`."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
 @dataclass
 class Task:
     """A partition of a program: a warpgroup or a few warps that run together."""
@@ -49,7 +56,7 @@ class Task:
     waits: Callable[[], bool] | None = None
     why: Callable[[], str] | None = None
     done: bool = False
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    go: threading.Lock = field(default_factory=_closed)
     # products in flight, oldest first, and groups of stores by TMA
     products: list[object] = field(default_factory=list)
     stores: list[int] = field(default_factory=list)
@@ -90,7 +97,7 @@ class Machine:
         self.events: list[str] = ["nothing: it was never written"]
         self.failure: BaseException | None = None
         self.current: Task | None = None
-        self.over = threading.Semaphore(0)
+        self.over = _closed()
         self.idle = 0
         self._favour: dict[int, float] = {}
 
