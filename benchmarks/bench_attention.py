@@ -1,7 +1,7 @@
-"""`block_causal_attention` at the shapes of streaming video, against SDPA, FlexAttention and FA3.
+"""`block_causal_attention` at the shapes of streaming video, against every attention that is here.
 
 Wan at 480 x 832 has 1,560 tokens a latent frame; a block is 3 frames. 12 heads are the 1.3B model,
-40 the 14B one.
+40 the 14B one. Diagonal decoding asks for few rows over many keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import Bench, Candidate, Case, Plan, main
+from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
 from benchmarks.peers import Attention, Peer, attention_peers
 from sdvg_kernels import block_causal_attention, implementations
 from sdvg_kernels.testing import assert_within_budget
@@ -80,22 +80,26 @@ def shapes(cpu: bool, quick: bool) -> list[Shape]:
         for heads in (12, 40)
         for s in keys
     ]
+    frame = [Shape(1, FRAME, 12, 9360, 9360, flex=True)]
+    # the lazy commit: three pending blocks in one pass, each sees a window of 21 frames
+    seen = 21 * FRAME
+    slots = seen + 2 * BLOCK
+    pending = [
+        Shape(1, 3 * BLOCK, heads, slots, slots, window=seen, blocks=3, flex=True)
+        for heads in (12, 40)
+    ]
+    few = [
+        Shape(1, rows, heads, 16384, 16384, flex=(rows, heads) == (16, 12))
+        for heads in (12, 40)
+        for rows in (1, 16, 64)
+    ]
     # a sink of one block and a window of four, wrapped; the ring has one block to spare
     ring = {"slots": 6 * BLOCK, "length": 8 * BLOCK + FRAME, "sink": BLOCK, "window": 4 * BLOCK}
     wrapped = [Shape(1, BLOCK, heads, **ring, flex=heads == 12) for heads in (12, 40)]
-    # the lazy commit: three pending blocks in one pass
-    pending = [
-        Shape(1, 3 * BLOCK, heads, 32760, 32760, window=18720, blocks=3, flex=heads == 12)
-        for heads in (12, 40)
-    ]
-    small = [
-        Shape(1, rows, heads, 16384, 16384, flex=(rows, heads) == (16, 12))
-        for heads in (12, 40)
-        for rows in ((1, 16) if quick else (1, 4, 16, 64))
-    ]
     batched = [Shape(2, BLOCK, heads, s, s) for heads in (12, 40) for s in keys]
-    narrow = [Shape(1, BLOCK, 24, 18720, 18720, dim=64, flex=True)]
-    return steady + wrapped + small + narrow + pending + batched
+    narrow = [Shape(1, BLOCK, 24, 18720, 18720, dim=64)]
+    narrow += [Shape(1, rows, 16, 16384, 16384, dim=64) for rows in (1, 16)]
+    return steady + frame + pending + few + wrapped + batched + narrow
 
 
 def plans(bench: Bench) -> Iterator[Plan]:
@@ -103,12 +107,21 @@ def plans(bench: Bench) -> Iterator[Plan]:
     for peer in attention_peers(bench.device):
         if not peer.reason:
             bench.notes.append(f"{peer.name}: {peer.what} ({peer.version})")
+        else:
+            bench.notes.append(f"{peer.name}: not here, it {peer.reason}")
     for shape in shapes(bench.device.type == "cpu", bench.quick):
         yield Plan(f"block_causal_attention {shape}", partial(case, bench, shape))
+        if (shape.batch, shape.rows, shape.slots) == (1, BLOCK, 32760):
+            what = f"block_causal_attention in 8 bits {shape}"
+            yield Plan(what, partial(case, bench, shape, eight_bits=True))
 
 
-def case(bench: Bench, shape: Shape) -> Case:
-    """Return one problem with fresh random inputs, ours and every peer that is here."""
+def case(bench: Bench, shape: Shape, *, eight_bits: bool = False) -> Case:
+    """Return one problem with fresh random inputs, ours and every peer that is here.
+
+    With `eight_bits`: those that compute in 8 bits, held to 25 dB of signal to noise, and ours in
+    16 bits for comparison.
+    """
     device, cpu = bench.device, bench.device.type == "cpu"
     dtype = torch.float32 if cpu else torch.bfloat16
     visible = shape.visible()
@@ -139,6 +152,11 @@ def case(bench: Bench, shape: Shape) -> Case:
 
     out = torch.empty_like(query)
 
+    def check_noise(out: object) -> None:
+        error = (out - exact).square().sum() / exact.square().sum()
+        decibels = -10 * error.log10().item()
+        assert decibels >= 25, f"signal to noise is {decibels:.1f} dB, must be 25"
+
     def ours(name: str) -> Candidate:
         def run() -> torch.Tensor:
             block_causal_attention(
@@ -146,7 +164,9 @@ def case(bench: Bench, shape: Shape) -> Case:
             )
             return out
 
-        return Candidate(name, run, check, reset=lambda: out.fill_(torch.nan))
+        said = f"{name} (bfloat16)" if eight_bits and not _is_eight_bits(name) else name
+        held = check_noise if _is_eight_bits(name) else check
+        return Candidate(said, run, held, reset=lambda: out.fill_(torch.nan))
 
     left_out, candidates = {}, []
     for name, reason in implementations()["attention"].items():
@@ -155,18 +175,23 @@ def case(bench: Bench, shape: Shape) -> Case:
             continue
         if reason:
             left_out[name] = reason
-        else:
+        elif eight_bits or not _is_eight_bits(name):
             candidates.append(ours(name))
     seen = visible.to(device)
     for peer in attention_peers(device):
-        if reason := _why_not(peer, shape, bench):
+        if peer.quantized is not eight_bits:
+            continue
+        if reason := _why_not(peer, shape):
             left_out[peer.name] = reason
             continue
         attend = peer.build()
         run = _with_mask(attend, seen) if peer.masks else partial(gather, attend)
+        held = check_noise if eight_bits else check
         candidates.append(
-            Candidate(peer.name, partial(run, query, k_cache, v_cache), check, peer=True)
+            Candidate(peer.name, partial(run, query, k_cache, v_cache), held, peer=True)
         )
+    if eight_bits and all("(bfloat16)" in candidate.name for candidate in candidates):
+        raise Unavailable(f"nobody computes in 8 bits here: {_listed(left_out)}")
 
     pairs = int(visible.sum()) * (shape.rows // shape.blocks)
     touched = int(visible.any(0).sum())
@@ -174,7 +199,7 @@ def case(bench: Bench, shape: Shape) -> Case:
     return Case(
         op="block_causal_attention",
         shape=str(shape),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="float8_e4m3fn" if eight_bits else str(dtype).removeprefix("torch."),
         candidates=candidates,
         flops=4 * values * pairs,
         bytes=2 * values * (shape.rows + touched) * query.element_size(),
@@ -182,7 +207,15 @@ def case(bench: Bench, shape: Shape) -> Case:
     )
 
 
-def _why_not(peer: Peer, shape: Shape, bench: Bench) -> str:
+def _is_eight_bits(implementation: str) -> bool:
+    return implementation.endswith("_fp8")
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def _why_not(peer: Peer, shape: Shape) -> str:
     if peer.name == "flex" and not peer.reason and not shape.flex:
         return "compiled for some of the shapes only, to save time"
     return peer.reason

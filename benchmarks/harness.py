@@ -40,6 +40,8 @@ class Row(NamedTuple):
     shape: str
     dtype: str
     implementation: str
+    # whether somebody else wrote it, or it is what the op replaces
+    peer: bool
     # median microseconds of one call
     us: float
     # of the arithmetic and of the bytes (read plus written) that the op must do, whatever the
@@ -51,6 +53,8 @@ class Row(NamedTuple):
     # the fastest peer of the case, and its time / us: above 1 we are faster
     best_peer: str | None
     ratio: float | None
+    # what this machine gave a large copy, a bf16 product and a launch of nothing in this run
+    limits: dict[str, float]
     # always True: what was not verified is not written
     verified: bool
     gpu: str
@@ -299,7 +303,8 @@ class Bench:
             at_least=case.at_least,
             sample=lambda: state.update(clocks()),
         )
-        peers = {c.name: times[c.name] for c in case.candidates if c.peer and c.name in times}
+        others = {c.name for c in case.candidates if c.peer}
+        peers = {name: us for name, us in times.items() if name in others}
         best = min(peers, key=peers.__getitem__, default=None)
         for name, us in times.items():
             us /= case.units
@@ -309,12 +314,14 @@ class Bench:
                 shape=case.shape,
                 dtype=case.dtype,
                 implementation=name,
+                peer=name in others,
                 us=us,
                 tflops=case.flops and case.flops / us / 1e6,
                 gbps=case.bytes and case.bytes / us / 1e3,
                 limit_share=least and least / us,
                 best_peer=best,
                 ratio=peers[best] / case.units / us if best else None,
+                limits=self.limits,
                 verified=True,
                 gpu=self.gpu,
                 commit=self.commit,

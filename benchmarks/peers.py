@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Peer(NamedTuple):
     masks: bool
     # returns the function for one shape: compiled peers compile for each
     build: Callable[[], Attention]
+    # whether it computes in 8 bits: measured beside ours in 8 bits, never beside 16
+    quantized: bool = False
 
 
 def attention_peers(device: torch.device) -> list[Peer]:
@@ -37,7 +40,6 @@ def attention_peers(device: torch.device) -> list[Peer]:
     on_cpu = device.type == "cpu"
     here = "needs an NVIDIA GPU" if on_cpu else ""
     cudnn = torch.backends.cudnn.version()
-    fa3 = here or ("" if importlib.util.find_spec("flash_attn_interface") else "is not installed")
     smoke = Peer(
         "sdpa",
         "torch's scaled_dot_product_attention, its own choice of backend",
@@ -77,9 +79,26 @@ def attention_peers(device: torch.device) -> list[Peer]:
             "fa3",
             "FlashAttention-3's flash_attn_func",
             _version("flash_attn_3", "flash-attn-3"),
-            fa3,
+            here or _absent("flash_attn_interface"),
             False,
-            _fa3,
+            lambda: _flash("flash_attn_interface"),
+        ),
+        Peer(
+            "fa4",
+            "FlashAttention-4's flash_attn_func (CuTe DSL)",
+            _version("flash-attn-4", "flash_attn"),
+            here or _absent("flash_attn.cute"),
+            False,
+            lambda: _flash("flash_attn.cute"),
+        ),
+        Peer(
+            "sage",
+            "SageAttention's sageattn, its own choice of 8-bit kernel",
+            _version("sageattention"),
+            here or _absent("sageattention"),
+            False,
+            _sage,
+            quantized=True,
         ),
     ]
 
@@ -127,16 +146,37 @@ def _flex() -> Attention:
     return run
 
 
-def _fa3() -> Attention:
-    from flash_attn_interface import flash_attn_func
+def _flash(module: str) -> Attention:
+    attend = importlib.import_module(module).flash_attn_func
 
     def run(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
-        out = flash_attn_func(query, key, value)
+        out = attend(query, key, value)
         return out[0] if isinstance(out, tuple) else out
 
     return run
+
+
+def _sage() -> Attention:
+    from sageattention import sageattn
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        return sageattn(query, key, value, tensor_layout="NHD", is_causal=False)
+
+    return run
+
+
+def _absent(module: str) -> str:
+    """Return "" or that the package of `module` is not here."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        # the package above it is not here
+        found = None
+    return "" if found else "is not installed"
 
 
 def _version(*names: str) -> str:

@@ -39,6 +39,7 @@ _PACKAGE = Path(__file__).parent
 _SOURCES = _PACKAGE.parent / "csrc"
 # [0]: the mnemonic with its modifiers
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b")
+_WIDE = re.compile(r"\b(?:LDG|STG)\.[\w.]*128\b")
 _LOCAL = re.compile(r"\b(?:STL|LDL)((?:\.\w+)*)")
 # LLVM names a block's innermost loop, and a header's parents, in comments
 _LOOP = re.compile(r"(?:(Parent Loop|in Loop: Header=)\s*(BB\w+)|=>\s*This (?:Inner )?Loop Header)")
@@ -124,7 +125,14 @@ def _cases(room: str, arch: int) -> Iterator[Compilation]:
 def _compile(job: tuple[str, int, int]) -> Row:
     """Compile the kernel `job` (room, arch, index) and return its row."""
     room, arch, index = job
-    return compiled_row(list(_cases(room, arch))[index])
+    case = list(_cases(room, arch))[index]
+    try:
+        return compiled_row(case)
+    except Exception as error:
+        # the others are still of interest
+        reason = next(iter(str(error).strip().splitlines()), "")
+        over = f"does not compile: {type(error).__name__}: {reason}"
+        return Row(case.kernel.__name__, f"sm_{arch}", case.config, 0, 0, 0, "", "", over)
 
 
 def compiled_row(case: Compilation) -> Row:
@@ -230,6 +238,8 @@ def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> 
         over.append(f"{facts.shared_bytes} bytes of shared memory of {SHARED_LIMIT[arch]}")
     if budget.matrix and not any(name.startswith(budget.matrix) for name in facts.matrix):
         over.append(f"no {budget.matrix} instruction")
+    if facts.wide < budget.wide:
+        over.append(f"{facts.wide} 16-byte accesses of {budget.wide}")
     if facts.serialized:
         over.append("ptxas serialized the warpgroup products")
     if budget.overlapped and not (facts.waits and all(any(loop) for loop in facts.waits)):
@@ -271,7 +281,8 @@ def _read(binary: str, *select: str) -> dict[str, _Facts]:
         matrix: dict[str, int] = {}
         for instruction in _MATRIX.findall(code[name]):
             matrix[instruction] = matrix.get(instruction, 0) + 1
-        facts[name] = _Facts(int(registers), int(shared), _spilled(code[name]), matrix)
+        wide = len(_WIDE.findall(code[name]))
+        facts[name] = _Facts(int(registers), int(shared), _spilled(code[name]), matrix, wide)
     return facts
 
 
