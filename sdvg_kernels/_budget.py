@@ -17,6 +17,8 @@ class Budget:
     spill_bytes: int = 0
     # prefix of a SASS mnemonic: HMMA, HGMMA, QGMMA, UTC; None: any or none
     matrix: str | None = None
+    # least number of instructions that read or write 16 bytes of global memory a thread
+    wide: int = 0
     # whether each main loop (innermost, with warpgroup products) must do other work while products
     # are in flight: it has a wgmma.wait_group above 0
     overlapped: bool = False

@@ -223,6 +223,8 @@ class _Facts(NamedTuple):
     # of each main loop with warpgroup products: products that its waits leave in flight
     waits: tuple[tuple[int, ...], ...] = ()
     setmaxnreg: tuple[int, ...] = ()
+    # 16-byte accesses of global memory
+    wide: int = 0
     # ptxas gave up on products in flight: each waits for the one before it
     serialized: bool = False
 
@@ -282,7 +284,7 @@ def _read(binary: str, *select: str) -> dict[str, _Facts]:
         for instruction in _MATRIX.findall(code[name]):
             matrix[instruction] = matrix.get(instruction, 0) + 1
         wide = len(_WIDE.findall(code[name]))
-        facts[name] = _Facts(int(registers), int(shared), _spilled(code[name]), matrix, wide)
+        facts[name] = _Facts(int(registers), int(shared), _spilled(code[name]), matrix, wide=wide)
     return facts
 
 
