@@ -1,12 +1,13 @@
-# make demo · make test · make lint · make codegen · make bench: the set-up is done on the first call
+# make demo · make test · make lint · make codegen · make bench · make report: the set-up is done on the first call
 # make gpu: everything that needs a GPU, with the Python and torch that are there, without a network
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint codegen bench gpu clean
+.PHONY: help setup demo test lint codegen bench report gpu clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+OTHER_TRITON := $(VENV)/triton-3.6.0
 CSRC := $(wildcard csrc/*)
 # the Python of `make gpu`
 PYTHON ?= python3
@@ -49,11 +50,21 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cu %.cuh %.h %.cpp,$(CSRC))
 
-codegen: setup
+# kernels must compile with the Triton of the newest torch and with the one before it
+$(OTHER_TRITON)/.installed: $(INSTALLED)
+	rm -rf $(OTHER_TRITON)
+	$(PY) -m pip install -q --no-deps --target $(OTHER_TRITON) triton==3.6.0
+	@touch $@
+
+codegen: setup $(OTHER_TRITON)/.installed
 	$(PY) -m sdvg_kernels.codegen
+	PYTHONPATH=$(OTHER_TRITON) $(PY) -m sdvg_kernels.codegen --no-cuda
 
 bench: setup
 	$(PY) -m benchmarks.run_all
+
+report: setup
+	$(PY) -m benchmarks.report
 
 # only this GPU's architecture is built, unless SDVG_CUDA_ARCHS says otherwise. The kernel tests are
 # mostly compilations: with xdist and memory for 6 workers they run side by side, the timed ones
