@@ -605,9 +605,12 @@ class Language:
     def _mbarrier_invalidate(self, mbarrier: object) -> None:
         _mbarrier_of(mbarrier).invalidate()
 
-    def _mbarrier_expect(self, mbarrier: object, bytes_per_cta: int, pred: object = True) -> None:
+    def _mbarrier_expect(
+        self, mbarrier: object, bytes_per_cta: int = 0, pred: object = True, **named: int
+    ) -> None:
+        # Triton 3.6 says `bytes`
         if pred:
-            _mbarrier_of(mbarrier).arrive(1, int(bytes_per_cta))
+            _mbarrier_of(mbarrier).arrive(1, int(named.get("bytes", bytes_per_cta)))
 
     def _mbarrier_arrive(self, mbarrier: object, *, count: int = 1, pred: object = True) -> None:
         if pred:
