@@ -35,16 +35,22 @@ def encode(prompts: Sequence[str]) -> Tensor:
 
 
 def tiny_wan(
-    *, seed: int, layers: int = 2, dtype: torch.dtype = torch.float32, **options: object
+    *,
+    seed: int,
+    layers: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: object,
 ) -> CausalWan:
-    """Return a random `CausalWan` of 2 heads of 16 channels; `options` go to `CausalWan`."""
+    """Return a random `CausalWan` of 2 heads; `options` go to `CausalWan`."""
     diffusers = pytest.importorskip("diffusers", reason="the Wan classes are diffusers'")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = diffusers.WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
-            attention_head_dim=16,
+            attention_head_dim=head_dim,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
             text_dim=TEXT_DIM,
@@ -54,6 +60,7 @@ def tiny_wan(
         )
     if dtype != torch.float32:
         transformer.to(dtype)
+    transformer.to(device)
     options = {"sink_frames": 3, "window_frames": 6} | options
     return CausalWan(transformer, encode, height=HEIGHT, width=WIDTH, frames=FRAMES, **options)
 

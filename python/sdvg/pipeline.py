@@ -113,11 +113,14 @@ class SDVGPipeline(DiffusionPipeline):
         )  # fmt: skip
         self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
         self._generation: Generation | None = None
-        self._accelerated = False
+        self._acceleration: dict[str, bool] | None = None
+        # around each transformer, as long as its sizes stay
+        self._models: dict[str, tuple[tuple[object, ...], CausalWan]] = {}
 
-    def accelerate(self) -> SDVGPipeline:
-        """Run both transformers on the fused ops from the next video on; return self."""
-        self._accelerated = True
+    def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> SDVGPipeline:
+        """Run both transformers on the fused ops from the next video on; see `sdvg.accelerate`."""
+        self._acceleration = {"graphs": graphs, "fp8": fp8}
+        self._models.clear()
         return self
 
     @classmethod
@@ -186,8 +189,8 @@ class SDVGPipeline(DiffusionPipeline):
         height, width = height or self.config.height, width or self.config.width
         given = self._given(image, video, len(prompts), height, width)
         loop = SDVG(
-            self._causal(self.drafter, height, width, self.config.drafter_window_frames),
-            self._causal(self.transformer, height, width),
+            self._causal("drafter", height, width, self.config.drafter_window_frames),
+            self._causal("transformer", height, width),
             StreamingVAE(self.vae),
             self.scorer,
             Reward(tau) if router is None else router,
@@ -256,25 +259,28 @@ class SDVGPipeline(DiffusionPipeline):
         return hidden * mask[..., None]
 
     def _causal(
-        self,
-        transformer: WanTransformer3DModel | None,
-        height: int,
-        width: int,
-        window_frames: int | None = None,
+        self, part: str, height: int, width: int, window_frames: int | None = None
     ) -> CausalWan | None:
+        """Return `self.drafter` or `self.transformer` with its cache; the last one, if it fits."""
+        transformer = getattr(self, part)
         if transformer is None:
             return None
         for name, size in (("height", height), ("width", width)):
             step = SPACE * transformer.config.patch_size[1]
             if size % step or size < step:
                 raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
-        model = CausalWan(
-            transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
-            frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
-            window_frames=window_frames or self.config.window_frames,
-            device=self._execution_device,
-        )  # fmt: skip
-        return model.accelerate() if self._accelerated else model
+        device = self._execution_device
+        key = (transformer, height, width, device)
+        if part not in self._models or self._models[part][0] != key:
+            model = CausalWan(
+                transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
+                frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
+                window_frames=window_frames or self.config.window_frames, device=device,
+            )  # fmt: skip
+            if self._acceleration is not None:
+                model.accelerate(**self._acceleration)
+            self._models[part] = key, model
+        return self._models[part][1]
 
     @torch.no_grad()
     def _given(

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="the Wan classes are diffusers'")
 
 from sdvg import SDVG, Random, Recompute
+from sdvg.models.accelerate import Fp8Linear, Graphs
 from sdvg.models.wan import CausalWan
 from tests.tiny import FRAMES, TinyPair, float64_norms, tiny_pair, tiny_wan
 
@@ -107,3 +108,107 @@ def test_accelerating_twice_is_accelerating_once() -> None:
     blocks = [block.forward for block in fused.transformer.blocks]
     fused.accelerate()
     assert [block.forward for block in fused.transformer.blocks] == blocks
+
+
+class FrozenGraphs(Graphs):
+    """Captures on the host: a replay sees the buffers, and of all else what it was at capture."""
+
+    def _reason(self, hidden: Tensor) -> str:
+        return ""
+
+    def _capture(self, forward: object) -> object:
+        out = forward().clone()
+        self.captured = getattr(self, "captured", 0) + 1
+        return lambda: out.copy_(forward())
+
+
+@pytest.mark.parametrize("window", [6, None], ids=str)
+def test_nothing_that_changes_between_passes_is_baked_into_a_graph(window: int | None) -> None:
+    with float64_norms():
+        plain, fused = both(window_frames=window)
+        fused.graphs = FrozenGraphs(fused)
+        latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:], dtype=torch.float64)
+        # the second video has other prompts in the same buffers
+        for _ in range(2):
+            for mine, theirs in zip(run(fused, latents), run(plain, latents), strict=True):
+                assert (mine - theirs).abs().max() < 1e-10
+            latents = latents.flip(1)
+        # a block of all, a block of two, two blocks of all
+        assert fused.graphs.captured == 3
+
+
+def test_graphs_are_captured_again_when_the_cache_or_the_table_is_another() -> None:
+    with float64_norms():
+        _, fused = both(sink_frames=0, window_frames=3)
+        fused.graphs = FrozenGraphs(fused)
+        part = torch.randn(2, FRAMES, *fused.block_shape[1:], dtype=torch.float64)
+        for prompts, start, captured in (
+            (PROMPTS[:2], 0, 1),
+            (PROMPTS[1:], 3, 1),
+            (PROMPTS[:1], 3, 2),
+            (PROMPTS[:2], 3, 3),
+            (PROMPTS[:2], 1023, 4),
+            (PROMPTS[:2], 0, 4),
+        ):
+            fused.start(prompts)
+            fused.denoise(part[: len(prompts)], 500.0, start_frame=start)
+            assert fused.graphs.captured == captured
+
+
+def test_without_a_gpu_graphs_say_why_they_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    from sdvg.models import accelerate as room
+
+    room._warn_once.cache_clear()
+    model = tiny_wan(seed=3).accelerate(graphs=True)
+    model.start(PROMPTS)
+    for _ in range(2):
+        model.denoise(torch.randn(3, *model.block_shape), 500.0, start_frame=0)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("accelerate: passes are launched one by one: CUDA graphs need a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_replay_what_was_captured_on_a_gpu() -> None:
+    plain, graphed = (
+        tiny_wan(seed=3, layers=3, head_dim=64, device="cuda", dtype=torch.bfloat16).accelerate(
+            graphs=graphs
+        )
+        for graphs in (False, True)
+    )
+    latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:], device="cuda")
+    for _ in range(2):
+        for mine, theirs in zip(run(graphed, latents), run(plain, latents), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_linear_layers_in_e4m3_are_near_the_exact_ones() -> None:
+    linear = torch.nn.Linear(64, 48).requires_grad_(False)
+    # one channel of the input and one of the weight stand out
+    x = torch.randn(5, 7, 64)
+    x[..., 3] *= 20
+    linear.weight[4] *= 50
+    exact, out = linear(x), Fp8Linear(linear)(x)
+    assert out.shape == exact.shape
+    # each output channel by itself: a row's own scale keeps the small ones as exact as the large
+    error = (out - exact).flatten(0, 1).norm(dim=0) / exact.flatten(0, 1).norm(dim=0)
+    assert error.max() < 0.08
+    assert Fp8Linear(linear)(torch.zeros(2, 64)).isfinite().all()
+
+
+def test_fp8_halves_the_blocks_weights_and_stays_near() -> None:
+    plain, fused = tiny_wan(seed=3, layers=3), tiny_wan(seed=3, layers=3).accelerate(fp8=True)
+    # again: nothing is left to do
+    fused.accelerate(fp8=True)
+
+    def size(model: CausalWan) -> int:
+        blocks = model.transformer.blocks
+        held = [*blocks.parameters(), *blocks.buffers()]
+        matrices = [tensor for tensor in held if tensor.dim() == 2 and min(tensor.shape) > 6]
+        return sum(tensor.nbytes for tensor in matrices)
+
+    # four bytes become one
+    assert size(fused) <= size(plain) * 0.26
+    latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:])
+    for mine, theirs in zip(run(fused, latents), run(plain, latents), strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < 0.1

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,18 +26,30 @@ if TYPE_CHECKING:
     from sdvg.models.wan import CausalWan
 
 _Model = TypeVar("_Model")
+_LOG = logging.getLogger("sdvg")
+# the largest finite float8_e4m3fn
+_E4M3_MAX = 448.0
 
 
-def accelerate(model: _Model) -> _Model:
+def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Model:
     """Run a `CausalWan`, a pair of them, or an `SDVGPipeline` on the fused ops; return it.
 
-    The output is the same to rounding. Raises TypeError for anything else.
+    The output is the same to rounding.
+
+    Args:
+        model: what to accelerate, in place.
+        graphs: replay one CUDA graph for each kind of pass (sequences and blocks in it) instead of
+            launching a forward's kernels one by one. Where that cannot be, a warning says why.
+        fp8: compute the blocks' linear layers in e4m3, with a scale for each row of the input and
+            of the weight (for the target: lossy, and half the weights' memory).
+
+    Raises TypeError for anything else.
     """
     if hasattr(model, "accelerate"):
-        model.accelerate()
+        model.accelerate(graphs=graphs, fp8=fp8)
     elif hasattr(model, "drafter") and hasattr(model, "target"):
-        model.drafter.accelerate()
-        model.target.accelerate()
+        model.drafter.accelerate(graphs=graphs, fp8=fp8)
+        model.target.accelerate(graphs=graphs, fp8=fp8)
     else:
         raise TypeError(
             "accelerate: model must be a CausalWan, a pair or an SDVGPipeline, "
@@ -58,10 +73,10 @@ def fuse(model: CausalWan) -> None:
     blocks = list(transformer.blocks)
     for block in blocks:
         _fuse(block.attn1)
-    table = _Table(model)
+    model.rope_table = RopeTable(model)
     processors = dict(transformer.attn_processors)
     for layer in range(len(blocks)):
-        processors[f"blocks.{layer}.attn1.processor"] = _FusedSelfAttention(model, layer, table)
+        processors[f"blocks.{layer}.attn1.processor"] = _FusedSelfAttention(model, layer)
     transformer.set_attn_processor(processors)
     transformer.rope = _NoRope()
     stream = _Stream()
@@ -71,6 +86,8 @@ def fuse(model: CausalWan) -> None:
 
 def _fuse(attn: nn.Module) -> None:
     """Fuse the projections of self-attention without a second copy of their weights."""
+    if getattr(attn, "fused_projections", False):
+        return
     attn.fuse_projections()
     weights, biases = attn.to_qkv.weight.data.chunk(3), attn.to_qkv.bias.data.chunk(3)
     for linear, weight, bias in zip(
@@ -86,22 +103,21 @@ class _NoRope(nn.Module):
         return None
 
 
-class _Table:
+class RopeTable:
     """The cosines and sines of all positions so far, made longer when a video outgrows them."""
 
     def __init__(self, model: CausalWan) -> None:
         self.model = model
         self.rows: Tensor | None = None
 
-    def get(self, device: torch.device, dtype: torch.dtype, grid: tuple[int, int, int]) -> Tensor:
-        """Return the table `[P, D]` with every position of the pass that is running."""
-        needed = max(self.model.running.start_frame + grid[0], *grid)
-        wide = torch.promote_types(dtype, torch.float32)
+    def reserve(self, positions: int) -> Tensor:
+        """Return the table `[P, D]` with at least the first `positions`, 1024 of them or more."""
+        device, dtype = self.model.device, torch.promote_types(self.model.dtype, torch.float32)
         rows = self.rows
-        if rows is None or len(rows) < needed or rows.device != device or rows.dtype != wide:
+        if rows is None or len(rows) < positions or rows.device != device or rows.dtype != dtype:
             head_dim = self.model.transformer.config.attention_head_dim
-            positions = max(1024, 1 << (needed - 1).bit_length())
-            self.rows = rows = rope_table(positions, head_dim, dtype=wide, device=device)
+            count = max(1024, 1 << (positions - 1).bit_length())
+            self.rows = rows = rope_table(count, head_dim, dtype=dtype, device=device)
         return rows
 
 
@@ -111,8 +127,8 @@ class _FusedSelfAttention:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, model: CausalWan, layer: int, table: _Table) -> None:
-        self.model, self.layer, self.table = model, layer, table
+    def __init__(self, model: CausalWan, layer: int) -> None:
+        self.model, self.layer = model, layer
 
     def __call__(
         self,
@@ -128,9 +144,10 @@ class _FusedSelfAttention:
             part.unflatten(2, heads) for part in attn.to_qkv(hidden_states).chunk(3, dim=-1)
         )
         grid = self.model.grid(hidden_states.shape[1])
+        table = self.model.rope_table.reserve(max(running.start_frame + grid[0], *grid))
         query = norm_rope_stage_(
             query, key, value, cache.k[self.layer], cache.v[self.layer], cache.lengths,
-            self.table.get(query.device, query.dtype, grid), grid,
+            table, grid,
             query_weight=attn.norm_q.weight, key_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
             sink=cache.sink, cache_batch_idx=running.rows,
         )  # fmt: skip
@@ -192,3 +209,144 @@ def _forward(
 def _modulation(block: nn.Module, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the six modulations of a block as (rows `[B, F, C]`, table `[C]`), never added."""
     return list(zip(rows.unbind(2), block.scale_shift_table[0], strict=True))
+
+
+class Graphs:
+    """Replays `CausalWan.forward` from CUDA graphs, one for each shape of a pass.
+
+    What changes between passes of one shape lies in buffers that stay: the latents, the timestep's
+    embedding, the sequences' indices, and in the model itself the cache with its lengths and the
+    prompt's keys. Positions are read from the lengths on the device.
+    """
+
+    def __init__(self, model: CausalWan) -> None:
+        self.model = model
+        self._graphs: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Tensor]]] = {}
+        # the cache and the table that they were captured with
+        self._stamp: tuple[Tensor, ...] = ()
+        self._pool: object = None
+
+    def __call__(
+        self,
+        start_frame: int,
+        hidden: Tensor,
+        embedded: tuple[Tensor, Tensor],
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Return what `model.forward` does; the next call overwrites it."""
+        reason = self._reason(hidden)
+        if reason:
+            _warn_once(reason)
+            return self.model.forward(start_frame, hidden, embedded, rows)
+        table = self.model.rope_table.reserve(start_frame + hidden.shape[2])
+        stamp = (self.model.cache.k, table)
+        if len(self._stamp) != 2 or any(
+            a is not b for a, b in zip(self._stamp, stamp, strict=True)
+        ):
+            # the graphs hold the addresses of tensors that are gone
+            self._graphs, self._stamp = {}, stamp
+        inputs = [hidden, *embedded] + ([] if rows is None else [rows])
+        key = (tuple(hidden.shape), len(inputs))
+        if key not in self._graphs:
+            buffers = [tensor.clone() for tensor in inputs]
+
+            def forward() -> Tensor:
+                latents, embedding, modulation, *index = buffers
+                index = index[0] if index else None
+                return self.model.forward(start_frame, latents, (embedding, modulation), index)
+
+            self._graphs[key] = buffers, self._capture(forward)
+        buffers, replay = self._graphs[key]
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
+        return replay()
+
+    def _reason(self, hidden: Tensor) -> str:
+        """Return why a pass cannot be captured, or ""."""
+        if hidden.device.type != "cuda":
+            return f"CUDA graphs need a GPU, and the model is on {hidden.device.type}"
+        if hasattr(self.model.transformer, "_hf_hook"):
+            return "CUDA graphs need weights that stay on the GPU, and accelerate offloads them"
+        return ""
+
+    def _capture(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Run `forward` until nothing is made for the first time, capture it, return the replay."""
+        device = self.model.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                forward()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            out = forward()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _LOG.warning("accelerate: passes are launched one by one: %s", reason)
+
+
+class Fp8Linear(nn.Module):
+    """`nn.Linear` in e4m3: `x` and the weight are scaled row by row to the format's range.
+
+    Args:
+        linear: the layer that it stands for; its bias stays as it is.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = _rowwise(linear.weight.data)
+        self.register_buffer("weight", weight)
+        # [1, out]
+        self.register_buffer("scale", scale.T.contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x [..., in] @ weight.T + bias` in x's dtype."""
+        rows, scale = _rowwise(x.flatten(0, -2))
+        out = torch._scaled_mm(
+            rows, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16
+        )
+        out = out.to(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.unflatten(0, x.shape[:-1])
+
+
+def _rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x [N, K]` in e4m3 and its scales `[N, 1]` float32."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(2.0**-100) / _E4M3_MAX
+    return (x / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def quantise(transformer: nn.Module) -> int:
+    """Put the blocks' linear layers, fused already, into e4m3; return how many.
+
+    The first and the last layers, the embeddings and the modulation stay as they are, and so do
+    widths that the product cannot take (multiples of 16 it can).
+    """
+    count = 0
+    for block in transformer.blocks:
+        if not hasattr(block.attn1, "to_q"):
+            continue
+        for part in ("to_q", "to_k", "to_v"):
+            # views of the fused weight, which would keep it alive
+            delattr(block.attn1, part)
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if not isinstance(child, nn.Linear):
+                    continue
+                if child.in_features % 16 == 0 and child.out_features % 16 == 0:
+                    setattr(module, name, Fp8Linear(child))
+                    count += 1
+    return count

@@ -15,21 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from sdvg.cache import KVCache
-from sdvg.models.accelerate import fuse
+from sdvg.models.accelerate import Graphs, RopeTable, fuse, quantise
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """What the processors need to know of the forward that is running."""
 
     start_frame: int
-    timestep: float
     # int32 [b] of the sequences that take part; None: all of them
     rows: Tensor | None
     # int32 [b] committed and staged tokens
     seqlens: Tensor
+    # the timestep's embedding [b, dim] and its modulation [b, 6 dim]
+    embedded: tuple[Tensor, Tensor]
 
 
 class CausalWan:
@@ -91,7 +92,10 @@ class CausalWan:
         self._encode = encode
         self._device = None if device is None else torch.device(device)
         self.cache: KVCache | None = None
-        self.running: _Pass | None = None
+        self.running: Pass | None = None
+        # replays captured forwards, where `accelerate(graphs=True)` asked for it
+        self.graphs: Graphs | None = None
+        self.rope_table: RopeTable | None = None
         # (timestep, batch) -> its embedding and its modulation
         self._embedded: dict[tuple[float, int], tuple[Tensor, Tensor]] = {}
         self._install()
@@ -106,9 +110,13 @@ class CausalWan:
         """The transformer's own dtype."""
         return self.transformer.proj_out.weight.dtype
 
-    def accelerate(self) -> CausalWan:
-        """Run the blocks on the fused ops from now on (`sdvg.models.accelerate`); return self."""
+    def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> CausalWan:
+        """Run the blocks on the fused ops from now on; see `sdvg.accelerate`. Returns self."""
         fuse(self)
+        if fp8:
+            quantise(self.transformer)
+        if graphs:
+            self.graphs = Graphs(self)
         return self
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
@@ -127,18 +135,22 @@ class CausalWan:
         if self.window_frames is not None:
             ring = self.sink_frames + self.window_frames + (self.write_blocks - 1) * frames
         window = None if self.window_frames is None else self.window_frames * self.frame_tokens
-        self.cache = KVCache(
-            layers=config.num_layers,
-            batch=len(prompts),
-            slots=ring * self.frame_tokens,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            block=frames * self.frame_tokens,
-            sink=self.sink_frames * self.frame_tokens,
-            window=window,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        sizes = {
+            "layers": config.num_layers,
+            "batch": len(prompts),
+            "slots": ring * self.frame_tokens,
+            "heads": config.num_attention_heads,
+            "head_dim": config.attention_head_dim,
+            "block": frames * self.frame_tokens,
+            "sink": self.sink_frames * self.frame_tokens,
+            "window": window,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+        # gigabytes, and captured graphs hold its address: what is in it is not seen any more
+        if self.cache is None or self._sizes != sizes:
+            self.cache, self._sizes = KVCache(**sizes), sizes
+        self.cache.seek(0)
         text = self._encode(prompts).to(self.device, self.dtype)
         if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
             # accelerate's offloading brings the weights for a forward, and only for that
@@ -184,16 +196,28 @@ class CausalWan:
             )
         self.cache.seek(start_frame * self.frame_tokens, rows)
         index = None if rows is None else rows.int()
-        lengths = self.cache.lengths if rows is None else self.cache.lengths[rows]
-        self.running = _Pass(
-            start_frame, timestep, index, lengths + latents.shape[1] * self.frame_tokens
-        )
         hidden = latents.transpose(1, 2).to(self.dtype)
-        steps = torch.full((len(latents),), timestep, device=self.device)
-        # cross-attention holds the prompt already
-        text = hidden.new_empty((len(latents), 0, self.transformer.config.text_dim))
-        (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
+        forward = self.forward if self.graphs is None else self.graphs
+        velocity = forward(start_frame, hidden, self._embed(timestep, hidden), index)
         return velocity.transpose(1, 2)
+
+    def forward(
+        self,
+        start_frame: int,
+        hidden: Tensor,
+        embedded: tuple[Tensor, Tensor],
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Return the velocity `[b, C, F, h, w]` of `hidden`, staged behind what is committed."""
+        lengths = self.cache.lengths
+        lengths = lengths if rows is None else lengths.index_select(0, rows)
+        seqlens = lengths + hidden.shape[2] * self.frame_tokens
+        self.running = Pass(start_frame, rows, seqlens, embedded)
+        # the timestep is embedded and cross-attention holds the prompt already
+        steps = hidden.new_zeros(len(hidden))
+        text = hidden.new_empty((len(hidden), 0, self.transformer.config.text_dim))
+        (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
+        return velocity
 
     def _install(self) -> None:
         processors: dict[str, object] = {}
@@ -208,13 +232,18 @@ class CausalWan:
     def _condition(
         self, timestep: Tensor, text: Tensor, *rest: object, **options: object
     ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return what the running pass says of its timestep."""
+        return *self.running.embedded, text, None
+
+    def _embed(self, timestep: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return embedding and modulation of the timestep, of which a schedule has only a few."""
-        key = (self.running.timestep, len(timestep))
+        key = (timestep, len(hidden))
         if key not in self._embedded:
             embedder = self.transformer.condition_embedder
-            found = type(embedder).forward(embedder, timestep, text, *rest, **options)
-            self._embedded[key] = found[:2]
-        return *self._embedded[key], text, None
+            steps = torch.full((len(hidden),), timestep, device=self.device)
+            text = hidden.new_empty((len(hidden), 0, self.transformer.config.text_dim))
+            self._embedded[key] = type(embedder).forward(embedder, steps, text)[:2]
+        return self._embedded[key]
 
 
 class _OffsetRope(nn.Module):
@@ -317,6 +346,8 @@ class _CrossAttention:
 
     def __init__(self, model: CausalWan) -> None:
         self.model = model
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
 
     def start(self, attn: nn.Module, text: Tensor) -> None:
         """Project the embedded prompts `[B, L, dim]`."""
@@ -326,8 +357,12 @@ class _CrossAttention:
             key, value = attn.to_k(text), attn.to_v(text)
         heads = (attn.heads, -1)
         # [B, H, L, D]
-        self.key = attn.norm_k(key).unflatten(2, heads).transpose(1, 2)
-        self.value = value.unflatten(2, heads).transpose(1, 2)
+        made = attn.norm_k(key).unflatten(2, heads).transpose(1, 2)
+        if self.key is None or self.key.shape != made.shape or self.key.dtype != made.dtype:
+            self.key, self.value = torch.empty_like(made), torch.empty_like(made)
+        # in place: captured graphs hold the addresses
+        self.key = self.key.to(made.device).copy_(made)
+        self.value = self.value.to(made.device).copy_(value.unflatten(2, heads).transpose(1, 2))
 
     def __call__(
         self,
