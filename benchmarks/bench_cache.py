@@ -110,10 +110,13 @@ def plans(bench: Bench) -> Iterator[Plan]:
         sizes = [Size("tiny", 2, 2, block=6, slots=26, sink=2, dim=8)]
     else:
         sizes = [Size("1.3B", 30, 12), Size("14B", 40, 40), Size("one layer of 1.3B", 1, 12)]
+    yield Plan("commit_", partial(_commit, bench))
+    # a small cache: none of it is read
+    nothing = Size("40 layers", 40, 12, block=6, slots=26, sink=2, dim=8)
+    yield Plan("rollback_ of nothing", partial(_rollback, bench, nothing, accepted=True))
     for size in sizes:
         for op in (_stage, _stage_undo, _rollback, _compact):
             yield Plan(f"{op.__name__.strip('_')} {size}", partial(op, bench, size))
-    yield Plan("commit_", partial(_commit, bench))
     yield Plan("select_", partial(_select, bench))
 
 
@@ -214,10 +217,11 @@ def _stage_undo(bench: Bench, size: Size) -> Case:
     return _case(bench, "stage_ with undo", str(size), run, check, reset, [peer], moved)
 
 
-def _rollback(bench: Bench, size: Size) -> Case:
+def _rollback(bench: Bench, size: Size, accepted: bool = False) -> Case:
+    """Return the case of a rejected block; of an accepted one, where nothing must move."""
     ring = Ring(size, bench.device, copies=2)
     undo = tuple(cache.index_select(2, ring.slots) for cache in (ring.k, ring.v))
-    accept = torch.zeros(1, dtype=torch.bool, device=bench.device)
+    accept = torch.full((1,), accepted, device=bench.device)
 
     def run(name: str) -> None:
         rollback_(ring.k, ring.v, ring.lengths, accept, undo, sink=size.sink, implementation=name)
@@ -226,6 +230,11 @@ def _rollback(bench: Bench, size: Size) -> Case:
         ring.k.copy_(ring.expected_k)
         ring.v.copy_(ring.expected_v)
 
+    if accepted:
+        # restoring anything would undo what was decided
+        undo = tuple(torch.full_like(rows, torch.nan) for rows in undo)
+        name = "rollback_ of nothing"
+        return _case(bench, name, str(size), run, ring.check, lambda: None, [], None)
     peers = [
         Candidate(name, work, ring.check, peer=True, reset=ring.poison)
         for name, work in (

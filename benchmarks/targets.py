@@ -180,7 +180,7 @@ TARGETS = (
     Target(
         "commit_, rollback_ without undo, 40 layers",
         "under 3 us",
-        _ops("commit_", "rollback_ without undo"),
+        _ops("commit_", "rollback_ of nothing"),
         _microseconds,
         most=3.0,
     ),

@@ -1,0 +1,138 @@
+"""The report shows what the result files hold, judges it by the targets, and invents nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.harness import RESULTS, Row
+from benchmarks.machine import ROOT
+from benchmarks.targets import TARGETS
+
+STEADY = "B=1 T=4680 H=12 D=128 S=32760"
+PENDING = "B=1 T=14040 H=12 D=128 S=42120 window=32760 blocks=3"
+
+
+def row(op: str, shape: str, implementation: str, us: float, **fields: object) -> Row:
+    """Return a made-up row: of no GPU that exists, and only ever written to a test's folder."""
+    made: dict[str, object] = {
+        "dtype": "bfloat16",
+        "peer": False,
+        "tflops": None,
+        "gbps": None,
+        "limit_share": None,
+        "best_peer": None,
+        "ratio": None,
+        "limits": {"GB/s": 1000.0, "TFLOP/s": 100.0, "us for a launch": 1.0},
+        "verified": True,
+        "gpu": "Imaginary H200",
+        "commit": "0123456789ab",
+        "versions": {"torch": "2.0"},
+    }
+    return Row(op=op, shape=shape, implementation=implementation, us=us, **{**made, **fields})
+
+
+ROWS = [
+    row("block_causal_attention", STEADY, "hopper", 100.0, tflops=90.0, gbps=9.0, ratio=1.2,
+        limit_share=0.9, best_peer="sdpa-cudnn"),
+    row("block_causal_attention", STEADY, "triton", 150.0, tflops=60.0, gbps=6.0, ratio=0.8,
+        limit_share=0.6, best_peer="sdpa-cudnn"),
+    row("block_causal_attention", STEADY, "sdpa-cudnn", 120.0, tflops=75.0, gbps=7.5, peer=True),
+    row("block_causal_attention", PENDING, "hopper", 360.0, tflops=75.0, gbps=7.0, ratio=1.5),
+    row("block_causal_attention", PENDING, "flex", 720.0, tflops=37.5, gbps=3.5, peer=True),
+    row("stage_", "1.3B layers=30 B=1 T=4680 S=9 H=12 D=128", "cuda", 10.0, gbps=900.0, ratio=2.0),
+    row("stage_", "1.3B layers=30 B=1 T=4680 S=9 H=12 D=128", "clone-and-roll", 150.0, gbps=60.0,
+        peer=True),
+    row("commit_", "B=64", "cuda", 2.5),
+]  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """Return a folder with made-up results and a page with markers, as `make report` leaves it."""
+    folder = tmp_path / "results" / "imaginary-h200"
+    folder.mkdir(parents=True)
+    (folder / "bench_all.json").write_text(json.dumps([entry._asdict() for entry in ROWS]))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    arguments = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    return tmp_path
+
+
+def line(page: str, start: str, word: str = "") -> str:
+    """Return the one line that begins with `start` and has `word`."""
+    (found,) = (text for text in page.splitlines() if text.startswith(start) and word in text)
+    return found
+
+
+def test_only_what_is_between_the_markers_is_replaced(written: Path) -> None:
+    text = (written / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "stale" not in text
+
+
+def test_targets_are_judged_by_our_best_row_of_each_shape(written: Path) -> None:
+    text = (written / "README.md").read_text()
+    assert line(text, "| attention bf16, H=12").endswith("| 1.20x | yes |")
+    assert line(text, "| the same, S=32760").endswith("| 90% | yes |")
+    assert line(text, "| three pending blocks").endswith("| 2.00x | yes |")
+    # 90 TFLOP/s over 75
+    assert line(text, "| the same |", "rate of T=4680").endswith("| 1.20x | 0 of 1 shapes |")
+    assert line(text, "| rollback_ with undo").endswith("| 90% | yes |")
+    assert line(text, "| the same |", "clone-and-shift").endswith("| 15.00x | 0 of 1 shapes |")
+    assert line(text, "| commit_").endswith("| 2.50 us | yes |")
+    assert line(text, "| attention FP8").endswith("| not measured | not measured |")
+
+
+def test_losing_rows_are_shown(written: Path) -> None:
+    text = (written / "README.md").read_text()
+    start = f"| {STEADY} | bfloat16 | triton | 150 | 60 TFLOP/s | 60% | sdpa-cudnn | 0.80 |"
+    assert "1.10x the best peer: not met (0.80x)" in line(text, start)
+
+
+def test_every_figure_of_ours_is_on_the_page_and_peers_have_no_line(written: Path) -> None:
+    text = (written / "README.md").read_text()
+    table = [text for text in text.splitlines() if text.count("|") == 10]
+    # three tables with two lines of heading each
+    assert len(table) == sum(not entry.peer for entry in ROWS) + 2 * 3
+
+
+def test_the_plots_follow_from_the_rows_alone(written: Path) -> None:
+    folder = written / "results" / "imaginary-h200"
+    before = (folder / "roofline.svg").read_bytes()
+    assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    report.plot(ROWS, folder)
+    assert (folder / "roofline.svg").read_bytes() == before
+
+
+@pytest.mark.parametrize("fields", [{"gpu": "cpu"}, {"verified": False}])
+def test_what_is_no_verified_row_of_a_gpu_is_refused(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    (tmp_path / "gpu").mkdir()
+    entry = ROWS[0]._replace(**fields)._asdict()
+    (tmp_path / "gpu" / "bench_x.json").write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match="must hold verified rows of a GPU"):
+        report.read(tmp_path)
+
+
+def test_a_page_without_markers_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="must have one"):
+        report.replaced(f"{report.END} {report.BEGIN}", "text")
+
+
+def test_without_results_every_target_is_not_measured(tmp_path: Path) -> None:
+    text = report.page(report.read(tmp_path), tmp_path)
+    assert text.count("| not measured | not measured |") == len(TARGETS)
+    assert "No GPU has been measured yet" in text
+
+
+def test_the_page_is_what_the_committed_results_give() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    fresh = report.replaced(text, report.page(report.read(RESULTS), ROOT / "benchmarks"))
+    assert fresh == text, "make report"
