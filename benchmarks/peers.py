@@ -186,3 +186,81 @@ def _version(*names: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+# --- QK-norm and RoPE, op by op, as Wan's pipelines run them ---
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Return `x` [B, T, H, D] normed over all heads' channels, as Wan's RMSNorm rounds it."""
+    flat = x.flatten(2)
+    wide = flat.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (wide.type_as(flat) * weight).view(x.shape)
+
+
+def complex_rope(
+    x: torch.Tensor, grid: tuple[int, int, int], start_frame: int, theta: float = 10000.0
+) -> torch.Tensor:
+    """Rotate `x` [B, T, H, D] in complex128, sequence by sequence, as Self-Forcing does.
+
+    The angles of the grid are put together in every call, from a table that is made once.
+    """
+    frames, height, width = grid
+    pairs = x.shape[3] // 2
+    space = pairs // 3
+    time, row, column = _turns(pairs, theta, x.device).split([pairs - 2 * space, space, space], 1)
+    out = []
+    for sequence in x:
+        turns = torch.cat(
+            [
+                time[start_frame : start_frame + frames, None, None].expand(*grid, -1),
+                row[None, :height, None].expand(*grid, -1),
+                column[None, None, :width].expand(*grid, -1),
+            ],
+            dim=-1,
+        ).reshape(frames * height * width, 1, pairs)
+        rotated = torch.view_as_complex(sequence.double().unflatten(-1, (-1, 2))) * turns
+        out.append(torch.view_as_real(rotated).flatten(-2))
+    return torch.stack(out).type_as(x)
+
+
+@functools.cache
+def _turns(pairs: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Return [1024, pairs] complex128: Self-Forcing's table."""
+    space = pairs // 3
+    rates = torch.cat(
+        [
+            theta ** -(torch.arange(count, dtype=torch.float64, device=device) / count)
+            for count in (pairs - 2 * space, space, space)
+        ]
+    )
+    angles = torch.outer(torch.arange(1024, dtype=torch.float64, device=device), rates)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def float_rope(
+    x: torch.Tensor, grid: tuple[int, int, int], start_frame: int, table: torch.Tensor
+) -> torch.Tensor:
+    """Rotate `x` [B, T, H, D] in float32 by a table [P, D] (cosines, sines), as diffusers does."""
+    frames, height, width = grid
+    space = x.shape[3] // 2 // 3
+    parts = []
+    for half in table.chunk(2, dim=1):
+        time, row, column = half.split([half.shape[1] - 2 * space, space, space], dim=1)
+        parts.append(
+            torch.cat(
+                [
+                    time[start_frame : start_frame + frames, None, None].expand(*grid, -1),
+                    row[None, :height, None].expand(*grid, -1),
+                    column[None, None, :width].expand(*grid, -1),
+                ],
+                dim=-1,
+            ).reshape(1, frames * height * width, 1, -1)
+        )
+    cos, sin = parts
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., 0::2] = real * cos - imaginary * sin
+    out[..., 1::2] = real * sin + imaginary * cos
+    return out
