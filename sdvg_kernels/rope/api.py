@@ -33,9 +33,9 @@ def rope_table(
 ) -> torch.Tensor:
     """Return the cosines and sines of Wan's 3-D RoPE, from float64 angles, rounded once.
 
-    With `c = head_dim // 2` pairs of channels, the first `c - 2 * (c // 3)` turn with the frame, the
-    next `c // 3` with the row, the last `c // 3` with the column (22, 21, 21 of 64). Pair `i` of the
-    `n` of an axis turns by `position * theta ** (-i / n)` radians.
+    With `c = head_dim // 2` pairs of channels, the first `c - 2 * (c // 3)` turn with the frame,
+    the next `c // 3` with the row, the last `c // 3` with the column (22, 21, 21 of 64). Pair `i`
+    of the `n` of an axis turns by `position * theta ** (-i / n)` radians.
 
     Args:
         max_positions: frames, rows and columns that have an angle: positions below it.
@@ -83,10 +83,10 @@ def norm_rope(
         a, b = x[..., 0::2], x[..., 1::2]
         x[..., 0::2], x[..., 1::2] = a * cos - b * sin, a * sin + b * cos
 
-    Token `i` is at frame `start_frame + i // (height * width)`, row `i // width % height` and column
-    `i % width`; cos and sin are the rows of `table` at these three, each for its own pairs. A
-    position that the table does not have is a ValueError where the host knows it; one that only the
-    device knows makes the row's query and key NaN.
+    Token `i` is at frame `start_frame + i // (height * width)`, row `i // width % height` and
+    column `i % width`; cos and sin are the rows of `table` at these three, each for its own pairs.
+    A frame that the table does not have is a ValueError where the host knows it; where only the
+    device does, the channels that turn with the frame are NaN.
 
     Args:
         query: [B, T, H, D], D 64 or 128 (the reference: any even one), bfloat16, float16 or float32
@@ -160,10 +160,11 @@ def norm_rope_stage_(
         slot = slots_of(lengths[b] + arange(T))      # t, or sink + (t - sink) % (S - sink)
         k_cache[b, slot], v_cache[b, slot] = key[i], value[i]
 
-    With e4m3 caches each row of D values is divided by `scale = amax / 448` (1 where no value
-    reaches 2^-100), rounded to nearest even from float32, and `scale` is written beside it: `k_cache
-    * k_scale` is the key. Rows are staged, not committed: `lengths` stays. There is no undo log; to
-    keep the rows that are overwritten, call `norm_rope`, then `stage_` with `undo=`.
+    With e4m3 caches each row of D values, in float32, is multiplied by `448 / amax`, rounded to
+    nearest even, and written with the factor `amax * (1 / 448)` beside it: `k_cache * k_scale` is
+    the key. Both factors are 1 where no value reaches 2^-100. Rows are staged, not committed:
+    `lengths` stays. There is no undo log; to keep the rows that are overwritten, call `norm_rope`,
+    then `stage_` with `undo=`.
 
     Args:
         query, key, table, grid, query_weight, key_weight, eps, implementation: as of `norm_rope`;
@@ -177,8 +178,8 @@ def norm_rope_stage_(
         start_frame: as of `norm_rope`; None: `lengths[b] // (height * width)`, the frame that the
             sequence has come to.
         sink: first tokens that are never evicted, `0 <= sink < S`.
-        cache_batch_idx: [B] int32, the cache row of each sequence, distinct; None: row b, and `Bc ==
-            B`.
+        cache_batch_idx: [B] int32, the cache row of each sequence, distinct; None: row b, and
+            `Bc == B`.
         k_scale, v_scale: [Bc, S, Hk] float32, contiguous; with e4m3 caches, and only with them.
 
     Values on the device are preconditions: cache_batch_idx distinct and in range, lengths at least

@@ -33,7 +33,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _E4M3_MAX = tl.constexpr(448.0)
 _E4M3_STEP = tl.constexpr(1 / 448)
 _TINY = tl.constexpr(2.0**-100)
-# one compilation serves all sizes; strides stay specialised, accesses are as wide as they are aligned
+# one compilation serves all sizes; strides stay specialised: accesses are as wide as aligned
 _SIZES = ("P", "S", "Bc", "sink", "width", "first_frame")
 
 
@@ -382,26 +382,30 @@ def _launch(
     return out_q
 
 
-# heads and head dim of what ships: Wan 1.3B, 5B, 14B, and the widths of small models
-_SHAPES = ((12, 128), (24, 128), (40, 128), (4, 128), (24, 64), (6, 64))
+# heads, head dim, dtype and cache of what is compiled: Wan 1.3B, 5B and 14B, and small models
+_CASES = (
+    *((heads, 128, "bf16", "cache") for heads in (4, 12, 24, 40)),
+    *((heads, 64, "bf16", "cache") for heads in (6, 24)),
+    *((heads, 128, "bf16", "e4m3") for heads in (12, 24, 40)),
+    (24, 64, "bf16", "e4m3"),
+    (12, 128, "bf16", ""),
+    (40, 128, "fp32", "cache"),
+    (24, 64, "fp32", "cache"),
+)
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield the widths for `arch`: with a cache, in float32, without one, and an e4m3 cache."""
-    strides = tuple(name for name in rope_kernel.arg_names if name.startswith("stride_"))
-    for heads, dim in _SHAPES:
-        for dtype, kind in (("bf16", "cache"), ("fp32", "cache"), ("bf16", ""), ("bf16", "e4m3")):
-            # cvt to e4m3 begins with 8.9
-            if kind == "e4m3" and arch < 89:
-                continue
-            yield _compilation(arch, heads, dim, dtype, kind, strides)
+    """Yield the widths for `arch`: with a cache, with an e4m3 cache, without one, in float32."""
+    for heads, dim, dtype, kind in _CASES:
+        # cvt to e4m3 begins with 8.9
+        if kind != "e4m3" or arch >= 89:
+            yield _compilation(arch, heads, dim, dtype, kind)
 
 
-def _compilation(
-    arch: int, heads: int, dim: int, dtype: str, kind: str, strides: tuple[str, ...]
-) -> Compilation:
+def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Compilation:
     """Return one case; with an e4m3 cache, every other feature is on too."""
     cached, full = bool(kind), kind == "e4m3"
+    strides = tuple(name for name in rope_kernel.arg_names if name.startswith("stride_"))
     launch = config.choose(triton.next_power_of_2(heads), dim)
     # 16-byte accesses a thread: query, key, weights; rotated query; and with a cache all of value's
     item = 4 if dtype == "fp32" else 2

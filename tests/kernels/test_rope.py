@@ -468,7 +468,8 @@ _GOOD = {
         (
             {"key": torch.zeros(2, 4, 3, 64)},
             ValueError,
-            "key must be [B, T, Hk, D] = [2, 4, Hk, 64] with Hk a divisor of H = 4, got [2, 4, 3, 64]",
+            "key must be [B, T, Hk, D] = [2, 4, Hk, 64] with Hk a divisor of H = 4, got [2, "
+            "4, 3, 64]",
         ),
         (
             {"value": _KEY.repeat_interleave(2, -1)[..., ::2]},
@@ -498,12 +499,14 @@ _GOOD = {
         (
             {"table": rope_table(1, 64)},
             ValueError,
-            "grid must stay within the table's 1 positions, got (1, 2, 2); make a longer rope_table",
+            "grid must stay within the table's 1 positions, got (1, 2, 2); make a longer "
+            "rope_table",
         ),
         (
             {"start_frame": 8},
             ValueError,
-            "start_frame must lie in [0, 7], so that the table holds 1 frames from it, got 8; make a longer rope_table",
+            "start_frame must lie in [0, 7], so that the table holds 1 frames from it, got "
+            "8; make a longer rope_table",
         ),
         (
             {"start_frame": torch.zeros(2)},
@@ -533,7 +536,8 @@ _GOOD = {
         (
             {"k_cache": torch.zeros(2, 8, 4, 64)},
             ValueError,
-            "k_cache must be [Bc, S, Hk, D] with key's Hk, D = [2, 64] and at least one slot, got [2, 8, 4, 64]",
+            "k_cache must be [Bc, S, Hk, D] with key's Hk, D = [2, 64] and at least one "
+            "slot, got [2, 8, 4, 64]",
         ),
         (
             {
@@ -570,7 +574,8 @@ _GOOD = {
         (
             {"k_scale": torch.zeros(2, 8, 2)},
             ValueError,
-            "k_scale must be given with float8_e4m3fn caches and only with them, got one for torch.float32",
+            "k_scale must be given with float8_e4m3fn caches and only with them, got one for "
+            "torch.float32",
         ),
         (
             {
@@ -579,7 +584,8 @@ _GOOD = {
                 "k_scale": torch.zeros(2, 8, 2),
             },
             ValueError,
-            "v_scale must be given with float8_e4m3fn caches and only with them, got none for torch.float8_e4m3fn",
+            "v_scale must be given with float8_e4m3fn caches and only with them, got none "
+            "for torch.float8_e4m3fn",
         ),
         (
             {"implementation": "cuda"},
@@ -611,7 +617,8 @@ def test_an_implementation_asked_for_never_falls_back() -> None:
 
 @pytest.mark.parametrize("heads", range(1, 65))
 def test_every_width_has_a_launch(heads: int) -> None:
-    assert config.choose(1 << (heads - 1).bit_length(), 128).reason
+    for dim in api.HEAD_DIMS:
+        assert config.choose(1 << (heads - 1).bit_length(), dim).reason
 
 
 # --- GPU only ---
