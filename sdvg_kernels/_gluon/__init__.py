@@ -39,8 +39,11 @@ import triton.language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from sdvg_kernels._gluon.language import Descriptor, Language, _boxed, end
+from sdvg_kernels._gluon.functions import boxed
+from sdvg_kernels._gluon.hardware import end
+from sdvg_kernels._gluon.language import Language
 from sdvg_kernels._gluon.machine import Global, LaneFault, Machine, Task, programs
+from sdvg_kernels._gluon.memory import Descriptor
 from sdvg_kernels._gluon.values import Int, Pointer
 
 __all__ = ["GluonLane", "LaneFault"]
@@ -84,7 +87,7 @@ class GluonLane:
                 def work(task: Task = task) -> None:
                     function(**values)
                     end(task)
-                    language.finish(task)
+                    language.hardware.finish(task)
 
                 machine.start(task, work)
             machine.run()
@@ -237,7 +240,7 @@ class _Arguments:
         if value is None:
             return None
         if isinstance(value, bool | int | float):
-            return _boxed(value)
+            return boxed(value)
         raise LaneFault(f"the lane knows no argument like {name}={value!r}")
 
     def pointer(self, name: str, tensor: torch.Tensor) -> Pointer:
