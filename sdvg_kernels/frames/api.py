@@ -17,7 +17,7 @@ from sdvg_kernels.frames import reference
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# to how small a part Triton's kernel reduces a side: beyond, its sums could be inexact
+# how far Triton's kernel reduces a side: beyond, its sums could be inexact
 MAX_REDUCTION = 10
 _OP = "preprocess_frames"
 _LOG = logging.getLogger("sdvg_kernels")
@@ -89,12 +89,13 @@ def preprocess_frames(
     dtype = given if dtype is None else dtype
     _type(dtype.is_floating_point, "dtype", "be floating", dtype)
     device = video.device.type
-    available = _available(device, min(shape[3:]) > MAX_REDUCTION * size, given, dtype)
-    if implementation is None:
-        chosen = next(iter(available))
-        if reason := available[chosen]:
+    sides = reference.axes(shape[3], shape[4], size)
+    tiny = sides[0].stretch > MAX_REDUCTION or sides[1].stretch > MAX_REDUCTION
+    available = _available(device, tiny, given, dtype)
+    chosen = next(iter(available)) if implementation is None else implementation
+    if reason := available.get(chosen, "unknown"):
+        if implementation is None:
             _warn_once(device, reason)
-    if implementation is not None or reason:
         where = f"{device} tensors of {shape[3]} x {shape[4]} and {given}"
         chosen = require_implementation(_OP, implementation, available, where)
     return torch.ops.sdvg_kernels.preprocess_frames(video, size, mean, std, dtype, chosen)

@@ -15,25 +15,46 @@ from sdvg_kernels._budget import Budget
 
 @dataclass(frozen=True)
 class Launch:
-    """A tile of BY x BX output pixels, BR input rows at a time, its warps and stages."""
+    """A tile of BY x BX outputs, from BR input rows at a time in parts of BK columns; its warps."""
 
     BY: int
     BX: int
     BR: int
+    BK: int
     num_warps: int
+    # of the loop over rows
     num_stages: int
     reason: str
 
 
 # columns that a tile begins at: 16 bytes of bf16
 ALIGN = 8
-FRAMES = Launch(
-    32,
-    16,
-    32,
-    4,
-    2,
-    "at 480 -> 224, 16 columns see 43 of a window of 64, and 32 would see 78 of 128; 32 rows see 78 "
-    "of 96, and 64 would see 147 of 160, but make too few programs",
+_ROWS = "two warps have 16 rows each, so that no pixel is converted twice"
+# (largest reduction, launch, columns of the widest window)
+LAUNCHES = (
+    (
+        4,
+        Launch(
+            32,
+            32,
+            32,
+            32,
+            2,
+            2,
+            "at 480 -> 224 the tile sees 78 of 96 rows and 85 of 96 columns that it converts; 64 "
+            f"rows would waste less, but take 176 registers for 140; {_ROWS}",
+        ),
+        160,
+    ),
+    (
+        10,
+        Launch(32, 16, 32, 32, 2, 2, f"32 columns would see 368, and spill on sm_80; {_ROWS}"),
+        224,
+    ),
 )
-BUDGET = Budget(registers=128, matrix="HMMA")
+BUDGET = Budget(registers=200, matrix="HMMA")
+
+
+def choose(reduction: float) -> Launch:
+    """Return the launch for a side that becomes `reduction` times smaller."""
+    return next(launch for most, launch, _ in LAUNCHES if reduction <= most)

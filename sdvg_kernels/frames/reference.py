@@ -6,8 +6,8 @@ fixed-point weights,
     out = clip((sum_i level[first + i] * weight[i] + 2^21) >> 22, 0, 255)
 
 where weight[i] = round(2^22 k(i) / sum k), k(i) = bicubic((first + i + 0.5 - centre) / stretch),
-a = -0.5, centre = (output + 0.5) * size_in / size_out, stretch = max(1, size_in / size_out), and the
-taps reach 2 * stretch to both sides of the centre. Only outputs inside the crop are computed.
+a = -0.5, centre = (output + 0.5) * size_in / size_out, stretch = max(1, size_in / size_out); taps
+reach 2 * stretch to both sides of the centre. Only outputs inside the crop are computed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Axis(NamedTuple):
         return max(1.0, self.size_in / self.size_out)
 
 
+@functools.lru_cache(64)
 def axes(height: int, width: int, size: int) -> tuple[Axis, Axis]:
     """Return (vertical, horizontal): the short side becomes `size`, the middle is kept.
 
