@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import harness, machine, run_all
+from benchmarks import bench_attention, harness, machine, run_all
 from benchmarks.bench_attention import Shape
 from benchmarks.harness import RESULTS, Bench, Candidate, Case, Plan, Row, Unavailable
+from benchmarks.peers import Attention, Peer, attention_peers
 from sdvg_kernels import block_causal_attention
 
 
@@ -206,6 +208,46 @@ def test_the_visible_slots_are_those_that_the_op_attends_to() -> None:
         cache[1, 0, slot] = kept
         assert changed[:6].all() == changed[:6].any() == visible[0, slot]
         assert changed[6:].all() == changed[6:].any() == visible[1, slot]
+
+
+def test_what_computes_in_eight_bits_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench("bench", "cpu", None)
+    shape = Shape(1, 12, 2, 36, 36, dim=64)
+    with pytest.raises(Unavailable, match=r"nobody computes in 8 bits here: sage: \w+"):
+        bench_attention.case(bench, shape, eight_bits=True)
+
+    (peer,) = (peer for peer in attention_peers(bench.device) if peer.name == "sdpa")
+    coarse = peer._replace(name="coarse", build=lambda: _rounded(8), quantized=True)
+    broken = peer._replace(name="broken", build=lambda: _rounded(1), quantized=True)
+    monkeypatch.setattr(bench_attention, "attention_peers", lambda device: [peer, coarse, broken])
+    plan = Plan("in 8 bits", lambda: bench_attention.case(bench, shape, eight_bits=True))
+    assert bench.run([plan]) == 0
+    assert [row.implementation for row in bench.rows] == ["reference (bfloat16)", "coarse"]
+    assert {row.dtype for row in bench.rows} == {"float8_e4m3fn"}
+    assert "signal to noise is" in bench.left_out[0]
+    # ... and is nobody's peer in 16
+    bench.rows.clear()
+    bench.run([Plan("in 16 bits", lambda: bench_attention.case(bench, shape))])
+    assert [row.implementation for row in bench.rows] == ["reference", "sdpa"]
+
+
+def _rounded(steps: int) -> Attention:
+    """Return an attention whose output is rounded to multiples of 0.25 / steps."""
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: object) -> torch.Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return (out * 4 * steps).round() / (4 * steps)
+
+    return run
+
+
+@pytest.mark.parametrize("peer", attention_peers(torch.device("cpu")), ids=lambda peer: peer.name)
+def test_each_peer_runs_here_or_says_why_not(peer: Peer) -> None:
+    assert peer.what
+    if not peer.reason:
+        query = torch.randn(1, 3, 2, 8)
+        assert peer.build()(query, query, query, None).shape == query.shape
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import bench_attention, bench_cache, report
 from benchmarks.harness import RESULTS, Row
 from benchmarks.machine import ROOT
 from benchmarks.targets import TARGETS
@@ -130,6 +130,32 @@ def test_without_results_every_target_is_not_measured(tmp_path: Path) -> None:
     text = report.page(report.read(tmp_path), tmp_path)
     assert text.count("| not measured | not measured |") == len(TARGETS)
     assert "No GPU has been measured yet" in text
+
+
+def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured() -> None:
+    eight_bits = {"dtype": "float8_e4m3fn"}
+    planned = [
+        row("block_causal_attention", str(shape), "hopper", 1.0, **fields)
+        for shape in bench_attention.shapes(cpu=False, quick=False)
+        for fields in ({}, eight_bits)
+    ]
+    size = str(bench_cache.Size("1.3B", 30, 12))
+    planned += [row(op, size, "cuda", 1.0) for op in ("rollback_", "compact_", "stage_")]
+    planned += [row(op, "B=64", "cuda", 1.0) for op in ("commit_", "select_")]
+    counts = {target.what: sum(map(target.about, planned)) for target in TARGETS}
+    elsewhere = {"rope", "modulation", "frames"}
+    # a line "the same" is about what the line above it is about
+    assert {what: count for what, count in counts.items() if what[:8] != "the same"} == {
+        "attention bf16, H=12, B=1, T=4680, S 4680 to 32760": 4,
+        "attention bf16, H=40, B=1, T=4680, S 4680 to 32760": 4,
+        "attention bf16, T=1560, H=12, S=9360": 1,
+        "three pending blocks in one pass (T=14040, window of 21 frames)": 2,
+        "attention FP8, T=4680, S=32760": 2,
+        "attention bf16, T in {1, 16, 64}, S=16384": 6,
+        "commit_, rollback_ without undo, 40 layers": 1,
+        "rollback_ with undo, compact_, select_, stage_, 4680 rows x 30 layers": 4,
+        **dict.fromkeys(elsewhere, 0),
+    }
 
 
 def test_the_page_is_what_the_committed_results_give() -> None:
