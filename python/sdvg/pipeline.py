@@ -21,15 +21,16 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation
+from sdvg.models.checkpoints import load_transformer
 from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
 from sdvg.router import Reward
 from sdvg.schedule import Schedule
-from sdvg.types import Block, Decoder, Router, Stats, Verdict
+from sdvg.types import Block, Decoder, Router, Scorer, Stats, Verdict
 
 # pixels of a latent, and frames of a latent frame but the first
 SPACE, TIME = 8, 4
@@ -138,6 +139,55 @@ class SDVGPipeline(DiffusionPipeline):
             scorer = getattr(importlib.import_module(module), name)
             options["scorer"] = scorer.from_pretrained(Path(folder) / "scorer")
         return super().from_pretrained(folder, **options)
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        *,
+        base: str | Path,
+        drafter: str | Path | WanTransformer3DModel | None = None,
+        target: str | Path | WanTransformer3DModel | None = None,
+        drafter_lora: str | Path | None = None,
+        target_lora: str | Path | None = None,
+        scorer: Scorer | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        **sizes: object,
+    ) -> SDVGPipeline:
+        """Build a pipeline from loose checkpoints: Self-Forcing's, Krea's, LongLive's, Wan's own.
+
+        Args:
+            base: a folder or Hub repository in diffusers' layout with tokenizer, text_encoder and
+                vae (`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`).
+            drafter, target: files or folders that `sdvg.models.checkpoints.load_transformer`
+                reads, or models; one of them may be None.
+            drafter_lora, target_lora: low-rank updates, merged.
+            scorer: see the class.
+            dtype, device: of the models; the autoencoder too.
+            sizes: the class's own settings: height, window_frames, ...
+
+        Raises:
+            ValueError: a file that is missing, broken or another model's, in one sentence.
+        """
+
+        def transformer(
+            source: str | Path | WanTransformer3DModel | None, lora: str | Path | None
+        ) -> WanTransformer3DModel | None:
+            if source is None or isinstance(source, torch.nn.Module):
+                return source
+            return load_transformer(source, lora=lora, dtype=dtype, device=device)
+
+        parts = {
+            "tokenizer": AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
+            "text_encoder": UMT5EncoderModel.from_pretrained(
+                base, subfolder="text_encoder", dtype=dtype
+            ).to(device),
+            "vae": AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=dtype).to(device),
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+            "drafter": transformer(drafter, drafter_lora),
+            "transformer": transformer(target, target_lora),
+        }
+        return cls(**parts, scorer=scorer, **sizes)
 
     def save_pretrained(self, folder: str | Path, **options: object) -> None:
         """Write every part in diffusers' layout; a scorer too, if it has `save_pretrained`."""

@@ -52,6 +52,24 @@ def test_what_is_saved_loads_whole(pipe: SDVGPipeline, tmp_path: Path) -> None:
     assert (frames(again) - frames(pipe)).abs().max() < 1e-4
 
 
+def test_loose_checkpoints_make_the_same_pipeline(pipe: SDVGPipeline, tmp_path: Path) -> None:
+    sizes = {name: pipe.config[name] for name in ("height", "width", "sink_frames")}
+    loaded = SDVGPipeline.from_checkpoints(
+        base=embedded.WEIGHTS,
+        drafter=embedded.WEIGHTS / "drafter",
+        target=pipe.transformer,
+        scorer=pipe.scorer,
+        dtype=torch.float32,
+        window_frames=9,
+        max_sequence_length=24,
+        **sizes,
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert (frames(loaded) - frames(pipe)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="checkpoints: "):
+        SDVGPipeline.from_checkpoints(base=embedded.WEIGHTS, target=tmp_path / "nothing.pt")
+
+
 def test_another_part_may_be_given_when_loading() -> None:
     def scorer(frames: torch.Tensor, prompts: object) -> torch.Tensor:
         return frames.mean((2, 3, 4))
