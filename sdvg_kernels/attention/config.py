@@ -2,6 +2,22 @@
 
 No GPU was measured. Reasons cite arithmetic and what `python -m sdvg_kernels.codegen` shows under
 Triton 3.6 and 3.7: registers, spills, shared memory. Measured gains belong in benchmarks/results.
+
+A short query reads its keys once and waits for memory. To run at the memory's rate a multiprocessor
+must have rate x latency / processors bytes on their way (700 ns):
+
+    GPU            GB/s   processors   KB on their way   KB a us
+    A100 80 GB     2039          108                13        19
+    RTX 4090       1008          128                 6         8
+    RTX 5090       1792          170                 7        11
+    H100           3350          132                18        25
+    H200           4800          132                25        36
+    B200           8000          148                38        54
+
+A program has (stages - 1) x BS x D x 4 bytes of K and V on their way: 64 KB for 64 keys of D = 128
+in 3 stages, 16 KB for 32 keys in 2. A key tile is some 1000 to 1400 cycles of barriers and latency
+for one program, 0.6 to 0.8 us: 32 KB a tile are about 40 KB a us, so two programs a multiprocessor
+where a tile does little arithmetic.
 """
 
 from __future__ import annotations
@@ -24,33 +40,35 @@ class Launch:
     # stages of the loop over masked tiles: few, so registers matter more than overlap
     edge_stages: int
     reason: str
+    # programs on a multiprocessor that splits of the keys fill
+    programs: int = 1
 
 
 # 8.x, and 12.x too: both have generations of 99 KB of shared memory
 _AMPERE, _HOPPER, _BLACKWELL = 80, 90, 100
-_DECODE = (
-    "m16n8k16 needs no more than 16 rows; a short query waits for memory, not for the tensor core"
-)
+_DECODE = "m16n8k16 needs no more than 16 rows"
+_TWO = "two programs on a multiprocessor"
+_ONE = "one program a multiprocessor, as two would double the parts, 32 KB each at T = 64"
 _MIDDLE = "one warp per 16 rows; two programs on a multiprocessor hide each other's softmax"
 _SCALAR = "exact float32 products run on FMA units: the largest tile without spills"
 
 # (architecture, head dim, is float32) -> (most rows, launch), fewest rows first; None: any
 LAUNCHES: dict[tuple[int, int, bool], tuple[tuple[int | None, Launch], ...]] = {
     (_AMPERE, 128, False): (
-        (16, Launch(16, 64, 4, 2, 2, _DECODE)),
-        (64, Launch(64, 32, 4, 2, 2, f"{_MIDDLE}; 64 keys come within 2 registers of a spill")),
+        (16, Launch(16, 32, 4, 3, 2, f"{_DECODE}; 37 KB: {_TWO} of 100 KB (RTX) too", 2)),
+        (64, Launch(64, 32, 4, 2, 2, f"{_MIDDLE}; 64 keys come within 2 registers of a spill", 2)),
         (None, Launch(128, 64, 8, 2, 2, "64 KB of shared memory; 128 keys would take 96 KB of 99")),
     ),
     (_AMPERE, 64, False): (
-        (16, Launch(16, 64, 4, 2, 2, _DECODE)),
-        (64, Launch(64, 64, 4, 2, 2, _MIDDLE)),
+        (16, Launch(16, 64, 4, 3, 2, f"{_DECODE}; as for head dim 128", 2)),
+        (64, Launch(64, 64, 4, 2, 2, _MIDDLE, 2)),
         (None, Launch(128, 64, 8, 2, 2, "under 192 registers and 32 KB of shared memory")),
     ),
     (_AMPERE, 128, True): ((None, Launch(32, 16, 4, 2, 2, f"{_SCALAR}, at 128 registers")),),
     (_AMPERE, 64, True): ((None, Launch(32, 32, 4, 2, 2, _SCALAR)),),
     (_HOPPER, 128, False): (
-        (16, Launch(16, 64, 4, 3, 3, _DECODE)),
-        (64, Launch(64, 64, 4, 2, 2, f"wgmma has 64 rows; {_MIDDLE}")),
+        (16, Launch(16, 64, 4, 3, 2, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
+        (64, Launch(64, 64, 4, 3, 3, f"wgmma has 64 rows; 64 KB on their way; {_ONE}")),
         (
             None,
             Launch(
@@ -65,18 +83,18 @@ LAUNCHES: dict[tuple[int, int, bool], tuple[tuple[int | None, Launch], ...]] = {
         ),
     ),
     (_HOPPER, 64, False): (
-        (16, Launch(16, 64, 4, 3, 3, _DECODE)),
-        (64, Launch(64, 64, 4, 3, 3, f"wgmma has 64 rows; {_MIDDLE}")),
+        (16, Launch(16, 128, 4, 3, 3, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
+        (64, Launch(64, 128, 4, 3, 3, f"wgmma has 64 rows; 64 KB on their way; {_ONE}")),
         (None, Launch(128, 128, 8, 2, 1, "as for head dim 128")),
     ),
     (_BLACKWELL, 128, False): (
-        (16, Launch(16, 64, 4, 3, 3, _DECODE)),
-        (64, Launch(64, 64, 4, 2, 2, f"tcgen05.mma has 64 rows; {_MIDDLE}")),
+        (16, Launch(16, 64, 4, 3, 2, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
+        (64, Launch(64, 64, 4, 3, 3, f"tcgen05.mma has 64 rows; {_MIDDLE}", 2)),
         (None, Launch(128, 128, 8, 2, 1, "tcgen05.mma has 128 rows; 160 KB of shared memory")),
     ),
     (_BLACKWELL, 64, False): (
-        (16, Launch(16, 64, 4, 3, 3, _DECODE)),
-        (64, Launch(64, 64, 4, 3, 3, f"tcgen05.mma has 64 rows; {_MIDDLE}")),
+        (16, Launch(16, 128, 4, 3, 3, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
+        (64, Launch(64, 128, 4, 3, 3, f"tcgen05.mma has 64 rows; {_MIDDLE}", 2)),
         (None, Launch(128, 128, 8, 2, 1, "tcgen05.mma has 128 rows")),
     ),
     **{
@@ -97,7 +115,36 @@ BIASED = Launch(
 # small tiles: inputs that the interpreter can afford still cross tile borders
 INTERPRETED = Launch(16, 16, 4, 1, 1, "Triton's interpreter")
 
-COMBINE = Launch(16, 1, 4, 1, 1, "a warp reads 4 rows of a partial; one pass over all splits")
+# rows of all heads that share keys, of all tokens: within them one tile reads the keys for all
+MOST_PACKED = 64
+
+
+@dataclass(frozen=True)
+class Combine:
+    """BN parts of BR rows a step; in the last program of each tile, or in a launch of its own."""
+
+    BR: int
+    BN: int
+    num_warps: int
+    last_program: bool
+    reason: str
+
+
+COMBINE = Combine(
+    4, 16, 4, False, "32 KB of parts on their way; few rows a program, so that all processors read"
+)
+# a dependent launch costs 1.5 to 2 us in a graph before its first load is back. One program takes
+# 32 KB a step (64 registers a thread), and a step as long as L2 answers, 0.6 us: two are less. More
+# rows are more bytes, and registers that a tile of 64 rows does not have
+_LAST_PROGRAM_BYTES, _LAST_PROGRAM_ROWS = 64 << 10, 16
+
+
+def combine(rows: int, dim: int, num_splits: int) -> Combine:
+    """Return how `num_splits` parts of a tile of `rows` rows are combined. Not measured."""
+    if rows > _LAST_PROGRAM_ROWS or num_splits * rows * dim * 4 > _LAST_PROGRAM_BYTES:
+        return COMBINE
+    few = 1 << (rows - 1).bit_length()
+    return Combine(few, 8192 // dim // few, 4, True, "32 KB of parts on their way in one program")
 
 
 def choose(
@@ -115,14 +162,15 @@ def choose(
 def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
     """Return in how many parts to split the keys, from shapes alone.
 
-    Splitting pays where the query tiles leave multiprocessors idle; a part has at least 4 key
-    tiles, so that reading its partial result back stays small beside reading its keys.
+    As many as fill every multiprocessor with `launch.programs`, all resident at once: programs of
+    equal shares then end together, and there is no second wave. Of the counts with the same longest
+    share the smallest, since each part is written and read back. A part has at least 4 key tiles,
+    so that this stays small beside its keys: T x 4 bytes of it to 64 x BS or more of K and V.
     """
-    if tiles * 5 >= processors * 4:
+    if tiles * 5 >= processors * 4 * launch.programs:
         return 1
-    # 16 query rows leave room for two programs on a multiprocessor
-    programs = processors * (2 if launch.BT == 16 else 1)
-    return max(1, min(programs // tiles, key_tiles // 4, 64))
+    most = max(1, min(processors * launch.programs // tiles, key_tiles // 4, 64))
+    return -(-key_tiles // -(-key_tiles // most))
 
 
 def budget(arch: int, launch: Launch, dtype: torch.dtype) -> Budget:

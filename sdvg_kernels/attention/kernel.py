@@ -1,4 +1,4 @@
-"""`block_causal_attention` in Triton: one portable kernel, and one that combines splits.
+"""`block_causal_attention` in Triton: one portable kernel, and one that combines many parts.
 
 A program owns a tile of BT query rows of one head and walks key tiles with the online softmax
 
@@ -10,7 +10,13 @@ last. The order of keys does not matter to a softmax, so they are renumbered: fi
 where some row misses some key or the ring wraps: slot and mask are found per key; then the
 *interior*, where slots are contiguous and nothing is masked. A split is a run of that numbering.
 
-Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; lengths are read on the device.
+A short query packs the PACK heads that share keys into the rows of one tile, row r = token
+r // PACK of head r % PACK: the keys are read once. The parts of a tile are float32 with their own
+log-sum-exp; the last program of the tile to finish, by a ticket, adds them up in their order, so
+that no second launch waits; where one program would have much to read, `combine_kernel` does it.
+
+Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; part [NS, B, T, H, D]; part_lse [NS, B, H,
+T] in base 2; lengths are read on the device.
 """
 
 # a Triton kernel's arguments have no Python types
@@ -39,6 +45,8 @@ _NO_WINDOW = 2**30
 # one compilation serves all sizes; strides stay specialised, loads are as wide as they are aligned
 _SIZES = ("B", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
 _SIZES += ("num_splits",)
+# tickets: launches in flight, and tiles of one that is split; 4 MB a device
+_LAUNCHES, MOST_TILES = 4096, 256
 
 
 @triton.jit
@@ -125,6 +133,71 @@ def _attend(
     return b_n, b_l, b_o
 
 
+@triton.jit
+def _combine(
+    part,
+    part_lse,
+    out,
+    lse,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    B,
+    T,
+    H,
+    num_splits,
+    i_b,
+    o_i,
+    o_h,
+    m_i,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """Write the rows (i_b, o_i, o_h) of out and lse from their parts, BN of them at a time.
+
+    Offsets of parts are as wide as `B` and `i_b`.
+    """
+    o_d = tl.arange(0, D)
+    stride_n = B * T * H
+    # [BR]
+    o_x = (i_b * H + o_h) * T + o_i
+    o_p = (i_b * T + o_i) * H + o_h
+    # other programs wrote the parts: .cg reads past this multiprocessor's own cache
+    b_m = tl.full(o_i.shape, float("-inf"), tl.float32)
+    for i_n in range(0, num_splits, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = (o_n < num_splits)[:, None] & m_i[None, :]
+        p_x = part_lse + (o_n[:, None] * stride_n + o_x[None, :])
+        b_x = tl.load(p_x, mask=m_n, other=float("-inf"), cache_modifier=".cg")
+        b_m = tl.maximum(b_m, tl.max(b_x, 0))
+    b_z = tl.where(b_m == float("-inf"), 0.0, b_m)
+    b_l = tl.zeros_like(b_m)
+    # [BR, D]
+    b_o = tl.zeros([o_i.shape[0], D], tl.float32)
+    for i_n in range(0, num_splits, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = (o_n < num_splits)[:, None] & m_i[None, :]
+        o_nx = o_n[:, None] * stride_n
+        p_x = part_lse + (o_nx + o_x[None, :])
+        b_x = tl.load(p_x, mask=m_n, other=float("-inf"), cache_modifier=".cg")
+        # [BN, BR, D]: one load, so that all of it is on its way at once
+        p_p = part + ((o_nx + o_p[None, :])[:, :, None] * D + o_d[None, None, :])
+        b_p = tl.load(p_p, mask=m_n[:, :, None], other=0.0, cache_modifier=".cg")
+        b_w = tl.exp2(b_x - b_z[None, :])
+        b_l += tl.sum(b_w, 0)
+        b_o += tl.sum(b_p * b_w[:, :, None], 0)
+
+    m_seen = b_l != 0.0
+    b_l = tl.where(m_seen, b_l, 1.0)
+    p_o = out + tl.cast(i_b, tl.int64) * stride_ob + o_h.to(tl.int64)[:, None] * stride_oh
+    p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
+    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None])
+    if HAS_LSE:
+        b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
+        tl.store(lse + o_x, b_lse, mask=m_i)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def attention_kernel(
     query,
@@ -134,6 +207,9 @@ def attention_kernel(
     cache_batch_idx,
     out,
     lse,
+    part,
+    part_lse,
+    tickets,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -146,7 +222,6 @@ def attention_kernel(
     stride_ob,
     stride_ot,
     stride_oh,
-    stride_on,
     B,
     T,
     S,
@@ -160,34 +235,41 @@ def attention_kernel(
     bias_stop,
     num_splits,
     GROUP: tl.constexpr,
+    PACK: tl.constexpr,
     D: tl.constexpr,
     BT: tl.constexpr,
     BS: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_TO_BLOCK: tl.constexpr,
     UPCAST_DOT: tl.constexpr,
 ):
-    """Write out [B, T, H, D] and lse [B, H, T]; with splits, float32 partials [NS, ...] of both."""
+    """Write out [B, T, H, D] and lse [B, H, T]; if IS_SPLIT, parts of both, combined if BN > 0."""
     # query tiles of one head are neighbours: they share its keys in L2
-    n_t = tl.cdiv(T, BT)
+    R = T * PACK
+    n_t = tl.cdiv(R, BT)
     i_t = tl.program_id(0) % n_t
     i_n = (tl.program_id(0) // n_t) % num_splits
     i_bh = tl.program_id(0) // (n_t * num_splits)
-    i_b = i_bh // H
-    i_h = i_bh % H
+    i_b = i_bh // (H // PACK)
+    i_h = i_bh % (H // PACK)
 
     L = tl.load(cache_seqlens + i_b)
-    # [BT]
-    o_i = i_t * BT + tl.arange(0, BT)
-    m_i = o_i < T
+    # [BT]: rows, their tokens and heads
+    o_r = i_t * BT + tl.arange(0, BT)
+    m_i = o_r < R
+    o_i = o_r // PACK
+    o_h = i_h * PACK + o_r % PACK
     # first token and end of each row's block, and of the tile's first and last
     o_begin = L - T + (o_i // block_size) * block_size
     o_end = tl.minimum(L, o_begin + block_size)
-    i_last = tl.minimum(i_t * BT + BT, T) - 1
-    e_first = tl.minimum(L, L - T + (i_t * BT // block_size + 1) * block_size)
+    i_last = (tl.minimum(i_t * BT + BT, R) - 1) // PACK
+    e_first = tl.minimum(L, L - T + (i_t * BT // PACK // block_size + 1) * block_size)
     e_last = tl.minimum(L, L - T + (i_last // block_size + 1) * block_size)
 
     # tokens that some row sees: [0, sink_high) and [low, e_last); one range where they touch
@@ -205,20 +287,22 @@ def attention_kernel(
     wrap = tl.where(wraps, wrap, stop)
     n_edge = n_sink + first + n_ring - stop + wraps.to(tl.int32)
     n_tile = n_sink + n_ring
-    share = tl.cdiv(n_tile, num_splits)
-    u_first = i_n * share
-    u_stop = tl.minimum(u_first + share, n_tile)
+    # shares that differ by one tile at most: no program is left with the rest
+    share = n_tile // num_splits
+    more = n_tile % num_splits
+    u_first = i_n * share + tl.minimum(i_n, more)
+    u_stop = u_first + share + (i_n < more).to(tl.int32)
 
     o_d = tl.arange(0, D)
     i_c = i_b
     if HAS_INDEX:
         i_c = tl.load(cache_batch_idx + i_b)
     i_c = i_c.to(tl.int64)
-    i_g = (i_h // GROUP).to(tl.int64)
+    i_g = (i_h // (GROUP // PACK)).to(tl.int64)
     p_k = k_cache + i_c * stride_kb + i_g * stride_kh
     p_v = v_cache + i_c * stride_vb + i_g * stride_vh
     # [BT, D]
-    p_q = query + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    p_q = query + i_b.to(tl.int64) * stride_qb + o_h.to(tl.int64)[:, None] * stride_qh
     p_q += o_i.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
     b_q = tl.load(p_q, mask=m_i[:, None], other=0.0)
 
@@ -292,13 +376,50 @@ def attention_kernel(
     m_seen = (b_l != 0.0) & (L - T + o_i >= 0)
     b_l = tl.where(m_seen, b_l, 1.0)
     b_o = tl.where(m_seen[:, None], b_o / b_l[:, None], 0.0)
-    p_o = out + i_n.to(tl.int64) * stride_on + i_b.to(tl.int64) * stride_ob
-    p_o += i_h.to(tl.int64) * stride_oh + o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
-    tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_i[:, None])
-    if HAS_LSE:
-        b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
-        p_lse = lse + ((i_n.to(tl.int64) * B + i_b) * H + i_h) * T + o_i
-        tl.store(p_lse, b_lse, mask=m_i)
+    if IS_SPLIT:
+        i_nb = i_n.to(tl.int64) * B + i_b
+        p_p = part + ((i_nb * T + o_i) * H + o_h)[:, None] * D + o_d[None, :]
+        tl.store(p_p, b_o, mask=m_i[:, None])
+        b_x = tl.where(m_seen, b_m + tl.log2(b_l), float("-inf"))
+        tl.store(part_lse + (i_nb * H + o_h) * T + o_i, b_x, mask=m_i)
+    else:
+        p_o = out + i_b.to(tl.int64) * stride_ob + o_h.to(tl.int64)[:, None] * stride_oh
+        p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
+        tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_i[:, None])
+        if HAS_LSE:
+            b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
+            tl.store(lse + (i_b.to(tl.int64) * H + o_h) * T + o_i, b_lse, mask=m_i)
+    if BN > 0:
+        # all threads' stores come before the ticket, and the ticket before the last one's loads
+        tl.debug_barrier()
+        p_ticket = tickets + i_bh * n_t + i_t
+        ticket = tl.atomic_add(p_ticket, 1, sem="acq_rel")
+        if ticket == num_splits - 1:
+            # for the next launch, or the next replay
+            tl.store(p_ticket, 0)
+            # config.combine and MOST_TILES keep the parts within 32-bit offsets
+            for i_r in range(i_t * BT, tl.minimum(i_t * BT + BT, R), BR):
+                o_c = i_r + tl.arange(0, BR)
+                _combine(
+                    part,
+                    part_lse,
+                    out,
+                    lse,
+                    stride_ob,
+                    stride_ot,
+                    stride_oh,
+                    B,
+                    T,
+                    H,
+                    num_splits,
+                    i_b,
+                    o_c // PACK,
+                    i_h * PACK + o_c % PACK,
+                    o_c < R,
+                    D,
+                    BN,
+                    HAS_LSE,
+                )
 
 
 @triton.jit(do_not_specialize=("B", "T", "H", "num_splits"))
@@ -315,44 +436,34 @@ def combine_kernel(
     H,
     num_splits,
     D: tl.constexpr,
-    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    """Combine part [NS, B, T, H, D] and part_lse [NS, B, H, T] into out and lse."""
-    n_t = tl.cdiv(T, BT)
-    i_t = tl.program_id(0) % n_t
-    i_bh = tl.program_id(0) // n_t
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = (i_bh % H).to(tl.int64)
-    # [BT]
-    o_i = i_t * BT + tl.arange(0, BT)
-    m_i = o_i < T
-    o_d = tl.arange(0, D)
-
-    b_m = tl.full([BT], float("-inf"), tl.float32)
-    b_l = tl.zeros([BT], tl.float32)
-    # [BT, D]
-    b_o = tl.zeros([BT, D], tl.float32)
-    for i_n in range(num_splits):
-        i_nb = tl.cast(i_n, tl.int64) * B + i_b
-        b_x = tl.load(part_lse + (i_nb * H + i_h) * T + o_i, mask=m_i, other=float("-inf"))
-        p_p = part + ((i_nb * T + o_i[:, None]) * H + i_h) * D + o_d[None, :]
-        b_n = tl.maximum(b_m, b_x)
-        b_z = tl.where(b_n == float("-inf"), 0.0, b_n)
-        b_a = tl.exp2((b_m - b_z) * _LOG2E)
-        b_w = tl.exp2((b_x - b_z) * _LOG2E)
-        b_l = b_l * b_a + b_w
-        b_o = b_o * b_a[:, None] + b_w[:, None] * tl.load(p_p, mask=m_i[:, None], other=0.0)
-        b_m = b_n
-
-    m_seen = b_l != 0.0
-    b_l = tl.where(m_seen, b_l, 1.0)
-    p_o = out + i_b * stride_ob + i_h * stride_oh
-    p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
-    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None])
-    if HAS_LSE:
-        b_lse = tl.where(m_seen, b_m + tl.log2(b_l) * _LN2, float("-inf"))
-        tl.store(lse + (i_b * H + i_h) * T + o_i, b_lse, mask=m_i)
+    """Combine the parts into out and lse: BR rows, each of a token and a head, a program."""
+    i_b = tl.program_id(0) // tl.cdiv(T * H, BR)
+    # [BR]
+    o_r = tl.program_id(0) % tl.cdiv(T * H, BR) * BR + tl.arange(0, BR)
+    _combine(
+        part,
+        part_lse,
+        out,
+        lse,
+        stride_ob,
+        stride_ot,
+        stride_oh,
+        tl.cast(B, tl.int64),
+        T,
+        H,
+        num_splits,
+        tl.cast(i_b, tl.int64),
+        o_r // H,
+        o_r % H,
+        o_r < T * H,
+        D,
+        BN,
+        HAS_LSE,
+    )
 
 
 def block_causal_attention(
@@ -381,32 +492,43 @@ def block_causal_attention(
     lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    launch = config.choose(_capability(query.device), dim, query.dtype, rows, bias is not None)
+    group = heads // heads_cached
+    pack = group if rows * group <= config.MOST_PACKED else 1
+    launch = config.choose(
+        _capability(query.device), dim, query.dtype, rows * pack, bias is not None
+    )
     # offsets within a tile are 32 bits wide
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         stride = cache.stride(1)
         if stride * launch.BS >= 2**31:
             rule = f"have a slot stride below {2**31 // launch.BS} for Triton"
             raise NotImplementedError(message("block_causal_attention", name, rule, stride))
-    tiles = batch * heads * triton.cdiv(rows, launch.BT)
+    tiles = batch * (heads // pack) * triton.cdiv(rows * pack, launch.BT)
     if num_splits is None:
         seen = size if window is None else min(size, sink + window + rows)
         key_tiles = triton.cdiv(seen, launch.BS)
         num_splits = config.splits(launch, tiles, key_tiles, _processors(query.device))
 
-    partial, partial_lse = out, lse
+    combine = config.COMBINE
+    part = part_lse = tickets = None
     if num_splits > 1:
-        partial = query.new_empty((num_splits, batch, rows, heads, dim), dtype=torch.float32)
-        partial_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
+        part = query.new_empty((num_splits, batch, rows, heads, dim), dtype=torch.float32)
+        part_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
+        combine = config.combine(min(rows * pack, launch.BT), dim, num_splits)
     with _on(query.device):
+        if num_splits > 1 and combine.last_program:
+            tickets = _tickets(query.device, tiles)
         attention_kernel[(tiles * num_splits,)](
             query=query,
             k_cache=k_cache,
             v_cache=v_cache,
             cache_seqlens=cache_seqlens,
             cache_batch_idx=cache_batch_idx,
-            out=partial,
-            lse=partial_lse,
+            out=out,
+            lse=lse,
+            part=part,
+            part_lse=part_lse,
+            tickets=tickets,
             stride_qb=query.stride(0),
             stride_qt=query.stride(1),
             stride_qh=query.stride(2),
@@ -416,10 +538,9 @@ def block_causal_attention(
             stride_vb=v_cache.stride(0),
             stride_vs=v_cache.stride(1),
             stride_vh=v_cache.stride(2),
-            stride_ob=partial.stride(-4),
-            stride_ot=partial.stride(-3),
-            stride_oh=partial.stride(-2),
-            stride_on=partial.stride(0) if num_splits > 1 else 0,
+            stride_ob=out.stride(0),
+            stride_ot=out.stride(1),
+            stride_oh=out.stride(2),
             B=batch,
             T=rows,
             S=size,
@@ -432,24 +553,28 @@ def block_causal_attention(
             bias_start=bias_start,
             bias_stop=bias_stop or 0,
             num_splits=num_splits,
-            GROUP=heads // heads_cached,
+            GROUP=group,
+            PACK=pack,
             D=dim,
             BT=launch.BT,
             BS=launch.BS,
+            BR=combine.BR,
+            BN=0 if tickets is None else combine.BN,
             EDGE_STAGES=launch.edge_stages,
+            IS_SPLIT=num_splits > 1,
             HAS_INDEX=cache_batch_idx is not None,
-            HAS_LSE=return_lse or num_splits > 1,
+            HAS_LSE=return_lse,
             HAS_BIAS=bias is not None,
             BIAS_TO_BLOCK=bias_stop is None,
             UPCAST_DOT=_INTERPRETED and query.dtype == torch.bfloat16,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-        if num_splits > 1:
+        if num_splits > 1 and tickets is None:
             combine = config.COMBINE
-            combine_kernel[(batch * heads * triton.cdiv(rows, combine.BT),)](
-                part=partial,
-                part_lse=partial_lse,
+            combine_kernel[(batch * triton.cdiv(rows * heads, combine.BR),)](
+                part=part,
+                part_lse=part_lse,
                 out=out,
                 lse=lse,
                 stride_ob=out.stride(0),
@@ -460,10 +585,10 @@ def block_causal_attention(
                 H=heads,
                 num_splits=num_splits,
                 D=dim,
-                BT=combine.BT,
+                BR=combine.BR,
+                BN=combine.BN,
                 HAS_LSE=return_lse,
                 num_warps=combine.num_warps,
-                num_stages=combine.num_stages,
             )
     return out, lse
 
@@ -480,6 +605,57 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Tickets:
+    """Counters of one device, zero between launches: a row for each launch that may be in flight.
+
+    Launches on one stream follow each other and share a row. A graph replays on any stream, beside
+    anything: each launch that is captured keeps a row of its own for good.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._rows = torch.zeros(_LAUNCHES, MOST_TILES, dtype=torch.int32, device=device)
+        self._used = 0
+        self._of_stream: dict[int, int] = {}
+        if device.type == "cuda":
+            # once for each device: streams that come later need not wait for the zeros
+            zeroed = torch.cuda.Event()
+            zeroed.record()
+            zeroed.synchronize()
+
+    def take(self, stream: int | None) -> torch.Tensor | None:
+        """Return the row of `stream`, or a new one for a graph (None); None when all are taken."""
+        row = self._used if stream is None else self._of_stream.get(stream, self._used)
+        if row == len(self._rows):
+            return None
+        if row == self._used:
+            self._used += 1
+            if stream is not None:
+                self._of_stream[stream] = row
+        return self._rows[row]
+
+
+_TICKETS: dict[torch.device, _Tickets] = {}
+
+
+def _tickets(device: torch.device, tiles: int) -> torch.Tensor | None:
+    """Return a zero ticket for each of `tiles`, or None: then the parts take a second launch.
+
+    None for more tiles than a row has, after 4095 captured launches of a device, and where the
+    first launch of all is captured: a graph must not own the counters.
+    """
+    if tiles > MOST_TILES:
+        return None
+    stream: int | None = 0
+    if device.type == "cuda":
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing and device not in _TICKETS:
+            return None
+        stream = None if capturing else torch.cuda.current_stream(device).cuda_stream
+    if device not in _TICKETS:
+        _TICKETS[device] = _Tickets(device)
+    return _TICKETS[device].take(stream)
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return the context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -489,10 +665,11 @@ def compilations(arch: int) -> Iterator[Compilation]:
     """Yield every shipped configuration for `arch`: plain, and a split with every feature on."""
     stride = ("stride_qb", "stride_qt", "stride_qh", "stride_kb", "stride_ks", "stride_kh")
     stride += ("stride_vb", "stride_vs", "stride_vh", "stride_ob", "stride_ot", "stride_oh")
-    stride += ("stride_on",)
     integers = (*stride, *_SIZES)
+    parts = ("part", "part_lse", "tickets")
     tensors = ("query", "k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "out", "lse")
     types = {"cache_seqlens": "*i32", "cache_batch_idx": "*i32", "lse": "*fp32"}
+    types |= {"part": "*fp32", "part_lse": "*fp32", "tickets": "*i32"}
     types |= {"scale": "fp32", "bias": "fp32"} | dict.fromkeys(integers, "i32")
     for (table_arch, dim, is_float32), table in config.LAUNCHES.items():
         if table_arch != arch:
@@ -500,46 +677,57 @@ def compilations(arch: int) -> Iterator[Compilation]:
         dtype = torch.float32 if is_float32 else torch.bfloat16
         name = "fp32" if is_float32 else "bf16"
         cases = [(launch, False) for _, launch in table]
-        cases += [(config.BIASED if launch.BS == 128 else launch, True) for _, launch in table]
+        cases += [
+            (config.BIASED if launch.BS == 128 and launch.BT == 128 else launch, True)
+            for _, launch in table
+        ]
         for launch, full in cases:
+            pack = 4 if full and launch.BT <= config.MOST_PACKED else 1
+            combine = config.combine(launch.BT, dim, 2)
+            last = full and combine.last_program
             yield Compilation(
                 kernel=attention_kernel,
                 arch=arch,
                 config=f"D{dim} {name} BT{launch.BT} BS{launch.BS}"
-                + (" split bias lse idx" if full else ""),
-                signature=types
-                | dict.fromkeys(("query", "k_cache", "v_cache"), f"*{name}")
-                | {"out": "*fp32" if full else f"*{name}"},
+                + (" split bias lse idx" if full else "")
+                + (" packed" if pack > 1 else "")
+                + (" combine" if last else ""),
+                signature=types | dict.fromkeys(("query", "k_cache", "v_cache", "out"), f"*{name}"),
                 constants={
-                    "GROUP": 1,
+                    "GROUP": pack,
+                    "PACK": pack,
                     "D": dim,
                     "BT": launch.BT,
                     "BS": launch.BS,
+                    "BR": combine.BR,
+                    "BN": combine.BN if last else 0,
                     "EDGE_STAGES": launch.edge_stages,
+                    "IS_SPLIT": full,
                     "HAS_INDEX": full,
                     "HAS_LSE": full,
                     "HAS_BIAS": full,
                     "BIAS_TO_BLOCK": full,
                     "UPCAST_DOT": False,
                 }
-                | ({} if full else {"cache_batch_idx": None}),
-                divisible=(*tensors, *stride),
+                | ({} if full else dict.fromkeys(("cache_batch_idx", *parts)))
+                | ({} if last or not full else {"tickets": None}),
+                divisible=(*tensors, *parts, *stride),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 budget=config.budget(arch, launch, dtype),
             )
     for dim in (64, 128):
-        launch = config.COMBINE
+        combine = config.COMBINE
         yield Compilation(
             kernel=combine_kernel,
             arch=arch,
-            config=f"D{dim} bf16 BT{launch.BT} lse",
+            config=f"D{dim} bf16 BR{combine.BR} BN{combine.BN} lse",
             signature={"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
             | dict.fromkeys(("stride_ob", "stride_ot", "stride_oh"), "i32")
             | dict.fromkeys(("B", "T", "H", "num_splits"), "i32"),
-            constants={"D": dim, "BT": launch.BT, "HAS_LSE": True},
+            constants={"D": dim, "BR": combine.BR, "BN": combine.BN, "HAS_LSE": True},
             divisible=("part", "part_lse", "out", "lse", "stride_ob", "stride_ot", "stride_oh"),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_warps=combine.num_warps,
+            num_stages=3,
             budget=config.COMBINE_BUDGET,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,6 +78,8 @@ CASES = {
     "blocks, wrapped": Case((150, 97), 24, 70, sink=6, window=40, block_size=8),
     "block larger than query": Case((30,), 5, 40, block_size=50),
     "grouped queries": Case((45,), 6, 48, heads=6, heads_cached=2),
+    "grouped blocks": Case((50, 2), 7, 60, 4, 31, 3, 6, 2, key_bias=KREA),
+    "too many rows to group": Case((40,), 22, 48, heads=6, heads_cached=2),
     "head dim 128": Case((70,), 18, 64, sink=3, window=40, dim=128),
     "bias before the block": Case((66,), 6, 80, key_bias=KREA),
     "bias before each block": Case((66,), 14, 60, sink=4, block_size=6, key_bias=KREA),
@@ -209,6 +213,99 @@ def test_the_number_of_splits_changes_only_rounding(
         implementation=lane.implementation,
     )
     check(case, inputs, out, lse)
+
+
+# --- splits: who combines them, and when ---
+
+
+@pytest.fixture(params=["last program", "second launch"])
+def combined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the parts of a split are combined."""
+    if request.param == "second launch":
+        monkeypatch.setattr(config, "combine", lambda *_: config.COMBINE)
+    return request.param
+
+
+@pytest.fixture
+def kernel(lane: Lane) -> ModuleType:
+    """The room of the Triton kernel, in its lanes."""
+    if lane.implementation != "triton":
+        pytest.skip("the reference has no splits")
+    return importlib.import_module("sdvg_kernels.attention.kernel")
+
+
+@pytest.mark.parametrize("splits", [2, 18])
+@pytest.mark.parametrize("name", ["one token", "grouped blocks", "head dim 128"])
+def test_parts_are_combined_in_the_last_program_or_in_a_second_launch(
+    name: str,
+    splits: int,
+    combined: str,
+    kernel: ModuleType,
+    lane: Lane,
+    random: torch.Generator,
+) -> None:
+    case = CASES[name]
+    inputs = make(case, random, lane)
+    out, lse = block_causal_attention(
+        inputs.query,
+        *inputs.cache,
+        **case.options,
+        num_splits=splits,
+        return_lse=True,
+        implementation=lane.implementation,
+    )
+    check(case, inputs, out, lse)
+
+
+def test_programs_may_finish_in_any_order(
+    lane: Lane, kernel: ModuleType, random: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lane.name != "interpreter":
+        pytest.skip("the order of a GPU's programs is its own")
+    interpreter = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    case = Case((90, 31), 5, 96, sink=5, window=60, heads=4, heads_cached=2)
+    inputs = make(case, random)
+    set_grid_idx = interpreter.set_grid_idx
+
+    def run(order: list[int]) -> torch.Tensor:
+        monkeypatch.setattr(
+            interpreter, "set_grid_idx", lambda x, y, z: set_grid_idx(order[x], y, z)
+        )
+        return block_causal_attention(
+            inputs.query, *inputs.cache, **case.options, num_splits=4, implementation="triton"
+        )
+
+    # sequences x heads cached x splits
+    first = run(list(range(16)))
+    orders = [torch.randperm(16, generator=random).tolist() for _ in range(4)]
+    for order in (list(reversed(range(16))), *orders):
+        assert torch.equal(run(order), first)
+        assert not kernel._TICKETS[inputs.query.device].take(0).any()
+
+
+def test_launches_share_a_row_of_tickets_only_if_they_cannot_overlap(kernel: ModuleType) -> None:
+    tickets = kernel._Tickets(torch.device("cpu"))
+
+    def row(stream: int | None) -> int | None:
+        taken = tickets.take(stream)
+        return None if taken is None else taken.data_ptr()
+
+    assert row(1) == row(1)
+    assert row(1) != row(2)
+    # a graph's launches: each its own, for good
+    rows = [row(None) for _ in range(5)]
+    assert len({*rows, row(1), row(2)}) == 7
+    while tickets.take(None) is not None:
+        pass
+    assert row(1) is not None
+    assert row(3) is None
+
+
+def test_more_tiles_than_tickets_take_a_second_launch(
+    lane: Lane, kernel: ModuleType, random: torch.Generator
+) -> None:
+    assert kernel._tickets(torch.device(lane.device), kernel.MOST_TILES) is not None
+    assert kernel._tickets(torch.device(lane.device), kernel.MOST_TILES + 1) is None
 
 
 def test_keys_that_no_row_sees_are_never_read(lane: Lane, random: torch.Generator) -> None:
@@ -531,6 +628,10 @@ def test_splits_fill_the_machine_only_where_tiles_do_not() -> None:
     launch = config.choose((9, 0), 128, torch.bfloat16, 1, False)
     assert config.splits(launch, tiles=444, key_tiles=256, processors=132) == 1
     assert config.splits(launch, tiles=12, key_tiles=256, processors=132) == 22
+    assert config.splits(launch, tiles=40, key_tiles=256, processors=132) == 6
+    # 21 parts of 3 tiles, as 22 would have: no longer share, fewer parts
+    assert config.splits(launch, tiles=12, key_tiles=88, processors=132) == 22
+    assert config.splits(launch, tiles=12, key_tiles=61 * 4, processors=132) == 21
     assert config.splits(launch, tiles=12, key_tiles=8, processors=132) == 2
     assert config.splits(launch, tiles=1, key_tiles=1, processors=132) == 1
 
@@ -614,6 +715,37 @@ def test_a_graph_replays_on_new_lengths(splits: int | None, random: torch.Genera
             tensor.copy_(new)
         graph.replay()
         check(case, inputs, out)
+
+
+@pytest.mark.gpu
+def test_splits_on_two_streams_and_in_two_graphs_do_not_meet(random: torch.Generator) -> None:
+    case = Case((4000,), 1, 4096, heads=4, heads_cached=4, dim=128)
+    inputs = make(case, random, GPU, torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        return block_causal_attention(
+            inputs.query, *inputs.cache, num_splits=16, implementation="triton"
+        )
+
+    expected = run()
+    torch.cuda.synchronize()
+    # captured on one stream, replayed on two
+    captured = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = [run() for _ in range(20)]
+        captured.append((graph, out))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    eager: list[torch.Tensor] = []
+    for _ in range(20):
+        for stream, (graph, _) in zip(streams, captured, strict=True):
+            with torch.cuda.stream(stream):
+                eager.append(run())
+                graph.replay()
+    torch.cuda.synchronize()
+    for out in (*eager, *captured[0][1], *captured[1][1]):
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu
