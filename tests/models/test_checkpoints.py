@@ -586,7 +586,7 @@ def test_each_malformed_update_is_one_clear_sentence(
 
 
 def test_a_missing_update_file_is_named(tmp_path: Path, model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"no\.pt must be a file of low-rank updates, got nothing"):
+    with pytest.raises(ValueError, match=r"no\.pt must be a file of weights, got nothing"):
         load_transformer(write_krea(tmp_path, model), lora=tmp_path / "no.pt")
 
 

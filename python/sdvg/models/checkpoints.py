@@ -116,7 +116,8 @@ def load_transformer(
     with torch.device("meta"):
         model = WanTransformer3DModel(**_config(path, shapes))
     wanted = dict(model.named_parameters())
-    _compare(path, {name: list(value.shape) for name, value in wanted.items()}, shapes)
+    sizes = {name: list(value.shape) for name, value in wanted.items()}
+    require_same(path, "a Wan transformer", sizes, shapes)
     updates = {} if lora is None else _read_lora(Path(lora), lora_alpha, wanted)
 
     narrow = dtype in (torch.float16, torch.bfloat16)
@@ -172,10 +173,10 @@ def config_of(
     }
 
 
-def _error(path: Path, rule: str, got: object, remedy: str = "") -> ValueError:
-    return ValueError(
-        f"checkpoints: {path} must {rule}, got {got}" + (f"; {remedy}" if remedy else "")
-    )
+def _error(
+    path: Path, rule: str, got: object, remedy: str = "", op: str = "checkpoints"
+) -> ValueError:
+    return ValueError(f"{op}: {path} must {rule}, got {got}" + (f"; {remedy}" if remedy else ""))
 
 
 def _files(path: Path) -> list[Path]:
@@ -213,16 +214,61 @@ def _json(path: Path) -> dict[str, object]:
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by diffusers' names; they lie in the mapped file, not in RAM."""
+def read_tensors(path: Path, op: str = "checkpoints") -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` or `.pt` file by name; no code in it runs.
+
+    They lie in the mapped file, not in memory: copy what shall outlive it. Raises ValueError in one
+    sentence, which begins with `op`, for a file that is missing, broken or holds anything else.
+    """
+    if not path.is_file():
+        raise _error(path, "be a file of weights", "nothing of that name", op=op)
     # by content: Self-Forcing's safetensors file ends in .sft
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    raw = _unpickle(path) if zipped else _read_safetensors(path)
-    tensors: dict[str, Tensor] = {}
-    for name, value in raw.items():
+    tensors = (_unpickle if zipped else _read_safetensors)(path, op)
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise _error(path, "hold tensors alone", f"{name}: {type(value).__name__}")
+            raise _error(path, "hold tensors alone", f"{name}: {type(value).__name__}", op=op)
+    return tensors
+
+
+def _read_safetensors(path: Path, op: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        rule = "be a whole .safetensors file or a zip that torch.save wrote"
+        raise _error(path, rule, f"one that does not open ({error})", op=op) from error
+
+
+def _unpickle(path: Path, op: str) -> dict[str, Tensor]:
+    """Return the weights in what `torch.save` wrote."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        got = f"a pickle that needs {needed[1] if needed else 'code to run'}"
+        raise _error(path, "hold tensors and plain containers alone", got, op=op) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = re.split(r"[.:]?\s*\n|[.] ", str(error))[0]
+        got = f"one that does not open ({reason})"
+        raise _error(path, "be a whole file of torch.save's", got, op=op) from error
+    # no file nests deeper, but a pickled dict can hold itself
+    for _ in range(4):
+        if isinstance(found, Mapping):
+            inside = (found[key] for key in _HOLDERS if isinstance(found.get(key), Mapping))
+            found = next(inside, found)
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise _error(path, "hold tensors by name", type(found).__name__, op=op)
+    return dict(found)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return a file's tensors by diffusers' names."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in read_tensors(path).items():
         if not value.is_floating_point() or value.dtype.itemsize < 2:
             raise _error(
                 path, "hold 16-bit or wider floats", f"{name} in {value.dtype}",
@@ -233,42 +279,6 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise _error(path, "hold each tensor once", f"{own} twice, the second as {name}")
         tensors[own] = value
     return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        rule = "be a whole .safetensors file or a zip that torch.save wrote"
-        raise _error(path, rule, f"one that does not open ({error})") from error
-
-
-def _unpickle(path: Path) -> Mapping[str, object]:
-    """Return the weights in what `torch.save` wrote."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise _error(
-            path, "hold tensors and plain containers alone",
-            f"a pickle that needs {named[1] if named else 'code to run'}",
-        ) from error  # fmt: skip
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        text = re.split(r"[.:]?\s*\n|\. ", str(error))[0]
-        raise _error(
-            path, "be a whole file of torch.save's", f"one that does not open ({text})"
-        ) from error
-    # no file nests deeper, but a pickled dict can hold itself
-    for _ in range(4):
-        if isinstance(found, Mapping):
-            inside = (found[key] for key in _HOLDERS if isinstance(found.get(key), Mapping))
-            found = next(inside, found)
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise _error(path, "hold tensors by name", type(found).__name__)
-    return found
 
 
 def _rename(name: str) -> str:
@@ -308,8 +318,14 @@ def _config(path: Path, shapes: dict[str, list[int]]) -> dict[str, object]:
     return arguments | same
 
 
-def _compare(path: Path, wanted: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> None:
-    """Raise one ValueError unless names and shapes are the same."""
+def require_same(
+    path: Path,
+    model: str,
+    wanted: Mapping[str, list[int]],
+    found: Mapping[str, list[int]],
+    op: str = "checkpoints",
+) -> None:
+    """Raise one ValueError unless names and shapes in `path` are those of `model` (its words)."""
     both = [name for name in wanted if name in found and wanted[name] != found[name]]
     differ = {
         "missing": [name for name in wanted if name not in found],
@@ -320,7 +336,7 @@ def _compare(path: Path, wanted: Mapping[str, list[int]], found: Mapping[str, li
         got = ", ".join(
             f"{len(names)} {kind} ({_some(names)})" for kind, names in differ.items() if names
         )
-        raise _error(path, f"hold the {len(wanted)} tensors of a Wan transformer", got)
+        raise _error(path, f"hold the {len(wanted)} tensors of {model}", got, op=op)
 
 
 def _some(names: Sequence[str] | Mapping[str, object]) -> str:
@@ -331,8 +347,6 @@ def _some(names: Sequence[str] | Mapping[str, object]) -> str:
 
 def _read_lora(path: Path, alpha: float | None, wanted: Mapping[str, Tensor]) -> dict[str, _Update]:
     """Return the update of each weight that `path` changes."""
-    if not path.is_file():
-        raise _error(path, "be a file of low-rank updates", "nothing of that name")
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in _read(path).items():
         # peft may name the adapter before the weight: lora_A.default.weight
