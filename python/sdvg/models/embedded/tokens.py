@@ -1,0 +1,162 @@
+"""A token model of moving digits: a VQ tokenizer and a small Llama over its codes.
+
+A sequence is ``[prompt: 24] [frame 0: 256 codes in raster order] [action] [frame 1] [action] ...``
+and a token's position is its slot. Code ``i`` has id ``i``; the text tokenizer's ids follow, then
+the actions. Action 0 goes on as before (at first: as the prompt says); the others set direction and
+speed from that frame on. Frames lie `STRIDE` pixel frames apart. The empty prompt is the
+unconditional one, for guidance. Made by ``python -m sdvg.train.tokens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdvg.models.embedded import WEIGHTS, _check, _exists
+from sdvg.models.embedded.prompts import DIRECTIONS, SPEEDS
+from sdvg.models.embedded.text import LENGTH, tokens
+
+if TYPE_CHECKING:
+    from diffusers import VQModel
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).parent / "tokens"
+PROMPT = LENGTH  # tokens, fixed; shorter prompts are padded
+HEIGHT, WIDTH = 16, 16  # tokens of a frame
+CELL = 2  # pixels, height and width of a token
+FRAMES = 8  # of a clip, as trained
+STRIDE = 4  # pixel frames from one frame to the next
+ACTIONS = (None, *((way, pace) for way in DIRECTIONS for pace in SPEEDS))
+
+
+class VideoTokens(NamedTuple):
+    """Tokenizer and model, and what lies where in a sequence."""
+
+    vq: VQModel
+    model: LlamaForCausalLM
+    text: PreTrainedTokenizerFast
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are; sampling keeps to ids below."""
+        return self.vq.config.num_vq_embeddings
+
+    def slot(self, frame: int, row: int = 0, column: int = 0) -> int:
+        """Where a code lies in the sequence; a later frame's action lies just before slot 0, 0."""
+        return PROMPT + frame * (HEIGHT * WIDTH + 1) + row * WIDTH + column
+
+    def prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Ids ``[B, 24]`` int64 of prompts."""
+        return tokens(self.text, prompts)[0] + self.codes
+
+    def actions(self, actions: Tensor) -> Tensor:
+        """Ids of indices into `ACTIONS`, in their shape."""
+        return actions + self.codes + len(self.text)
+
+    def sequence(self, prompts: Tensor, codes: Tensor, actions: Tensor) -> Tensor:
+        """Ids ``[B, 24 + 257 F - 1]`` of whole clips.
+
+        Args:
+            prompts: ids ``[B, 24]``, as `prompts` gives them.
+            codes: ``[B, F, 16, 16]``.
+            actions: ``[B, F - 1]`` indices into `ACTIONS`, one for each frame after the first.
+        """
+        later = torch.cat((self.actions(actions)[..., None], codes[:, 1:].flatten(2)), 2)
+        return torch.cat((prompts, codes[:, 0].flatten(1), later.flatten(1)), 1)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Codes ``[..., 16, 16]`` int64 of grey frames ``[..., 32, 32]`` in [0, 1]."""
+        return encode(self.vq, frames)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Frames ``[..., 3, 32, 32]`` in [0, 1] of codes ``[..., 16, 16]``."""
+        return decode(self.vq, codes)
+
+
+@torch.no_grad()
+def encode(vq: VQModel, frames: Tensor) -> Tensor:
+    """Codes ``[..., 16, 16]`` int64 of grey frames ``[..., 32, 32]`` in [0, 1]."""
+    pixels = frames.reshape(-1, 1, *frames.shape[-2:]) * 2 - 1
+    codes = vq.quantize(vq.encode(pixels.to(vq.dtype)).latents)[2][2]
+    return codes.view(*frames.shape[:-2], HEIGHT, WIDTH)
+
+
+@torch.no_grad()
+def decode(vq: VQModel, codes: Tensor) -> Tensor:
+    """Frames ``[..., 3, 32, 32]`` in [0, 1] of codes ``[..., 16, 16]``; ValueError past the last.
+
+    A code decides its cell of 2 x 2 pixels, smoothed by its neighbours.
+    """
+    count = vq.config.num_vq_embeddings
+    # an id of text or of an action among the codes would read past the codebook
+    if codes.device.type == "cpu" and codes.numel() and not 0 <= codes.min() <= codes.max() < count:
+        raise ValueError(
+            f"decode: codes must lie in [0, {count}), got {codes.min()} to {codes.max()}"
+        )
+    shape = (codes.numel() // (HEIGHT * WIDTH), HEIGHT, WIDTH, vq.config.vq_embed_dim)
+    pixels = vq.decode(codes.reshape(-1), force_not_quantize=True, shape=shape).sample
+    grey = ((pixels.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+    return grey.reshape(*codes.shape[:-2], *grey.shape[1:])
+
+
+def load(
+    folder: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VideoTokens:
+    """The models in ``folder`` (default: the shipped ones), in eval mode, on ``device``.
+
+    ``dtype`` is the Llama's; the tokenizer, whose codes must not depend on it, stays in float32.
+
+    Raises:
+        ImportError: diffusers or transformers is missing.
+        ValueError: a file is missing, cut short, or does not fit its config; the sentence names
+        the file.
+    """
+    try:
+        import diffusers  # noqa: F401
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ImportError(
+            "tokens: the models need diffusers and transformers: pip install 'sdvg[diffusers]'"
+        ) from error
+    folder = Path(folder) if folder is not None else FOLDER
+    vq, text = load_vq(folder), load_text()
+    _check(
+        folder / "model" / "model.safetensors",
+        lambda: LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "model")),
+    )
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(device).eval()
+    made = VideoTokens(vq.to(device), model.requires_grad_(False), text)
+    wanted = made.codes + len(text) + len(ACTIONS)
+    if model.config.vocab_size != wanted:
+        raise ValueError(
+            f"tokens: {folder / 'model' / 'config.json'} must have vocab_size {wanted} (codes, "
+            f"text, actions), got {model.config.vocab_size}"
+        )
+    return made
+
+
+def load_vq(folder: Path) -> VQModel:
+    """The tokenizer of frames in ``folder / "vq"``, in eval mode; ValueError as `load` says."""
+    from diffusers import VQModel
+
+    _check(
+        folder / "vq" / "diffusion_pytorch_model.safetensors",
+        lambda: VQModel.from_config(VQModel.load_config(folder / "vq")),
+    )
+    vq = VQModel.from_pretrained(folder / "vq", dtype=torch.float32)
+    return vq.eval().requires_grad_(False)
+
+
+def load_text() -> PreTrainedTokenizerFast:
+    """The tokenizer of prompts, which all embedded models share."""
+    from transformers import PreTrainedTokenizerFast
+
+    _exists(WEIGHTS / "tokenizer" / "tokenizer.json")
+    return PreTrainedTokenizerFast.from_pretrained(WEIGHTS / "tokenizer")
