@@ -264,3 +264,76 @@ def float_rope(
     out[..., 0::2] = real * cos - imaginary * sin
     out[..., 1::2] = real * sin + imaginary * cos
     return out
+
+
+# --- modulation, op by op, as Wan's pipelines run it: float32 between the casts ---
+
+
+def eager_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Norm `x` [B, T, C] and modulate it by [B, F, C] rows (F: the tokens, or the frames)."""
+    normed = F.layer_norm(x.float(), x.shape[2:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
+    return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).type_as(x)
+
+
+def eager_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Return x + y * gate for [B, T, C] and [B, F, C] (F: the tokens, or the frames)."""
+    branch = y.float().unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
+    return (x.float() + branch.flatten(1, 2)).type_as(x)
+
+
+# --- a scorer's input ---
+
+
+def pillow_frames(
+    video: torch.Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """Preprocess `video` [B, 3, F, H, W] by Pillow on the CPU, there and back, frame by frame."""
+    from PIL import Image
+
+    height, width = video.shape[3:]
+    short = min(height, width)
+    full = (int(size * width / short), int(size * height / short))
+    left, top = (round((side - size) / 2) for side in full)
+    box = (left, top, left + size, top + size)
+    # as diffusers' video processor
+    unit = (video * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).flatten(0, 1)
+    images = (unit.cpu().float().numpy() * 255).round().astype("uint8")
+    small = torch.stack(
+        [
+            torch.frombuffer(
+                bytearray(
+                    Image.fromarray(image)
+                    .resize(full, Image.Resampling.BICUBIC)
+                    .crop(box)
+                    .tobytes()
+                ),
+                dtype=torch.uint8,
+            ).view(size, size, 3)
+            for image in images
+        ]
+    )
+    grey = small.permute(0, 3, 1, 2).to(torch.float32).div(255)
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    out = (grey - shift) / scale
+    return out.to(video.device, video.dtype).unflatten(0, (len(video), -1))
+
+
+def interpolated_frames(
+    video: torch.Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """Preprocess `video` [B, 3, F, H, W] by torch's antialiased bicubic: near Pillow's levels."""
+    height, width = video.shape[3:]
+    short = min(height, width)
+    full = (size * height // short, size * width // short)
+    top, left = (round((side - size) / 2) for side in full)
+    unit = (video * 0.5 + 0.5).clamp(0, 1).transpose(1, 2).flatten(0, 1)
+    small = F.interpolate(
+        (unit.float() * 255).round(), full, mode="bicubic", antialias=True, align_corners=False
+    )
+    grey = small[..., top : top + size, left : left + size].round().clamp(0, 255) / 255
+    # made on the device: a copy from the host has no place in a graph
+    shift, scale = (
+        torch.stack([torch.full((1, 1), value, device=video.device) for value in values])
+        for values in (mean, std)
+    )
+    return ((grey - shift) / scale).to(video.dtype).unflatten(0, (len(video), -1))

@@ -199,15 +199,6 @@ def _tables(
     return _Tiles(*(table.to(device) for table in _cut(axis, outputs, align, part)))
 
 
-@functools.lru_cache(64)
-def _levels(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Return what each grey level becomes, [3, 256] in `dtype` on `device`."""
-    _refuse_capture(device)
-    return reference.levels(mean, std, dtype).to(device)
-
-
 def _refuse_capture(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         rule = "have run once at this size before a graph captures it"
@@ -236,7 +227,7 @@ def preprocess_frames(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         frames_kernel[(batch * frames * 3 * tiles_y * tiles_x,)](
             video=video,
-            levels=_levels(mean, std, dtype, device),
+            levels=reference.levels(mean, std, dtype, device),
             span_x=x.span,
             weights_x=x.weights,
             span_y=y.span,

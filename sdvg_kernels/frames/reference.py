@@ -51,10 +51,10 @@ def axes(height: int, width: int, size: int) -> tuple[Axis, Axis]:
 
 
 @functools.lru_cache(64)
-def taps(axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+def taps(axis: Axis, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return first [count] int64, the first input of each output, and weights [count, taps] int32.
 
-    On the CPU. Taps past the last input have weight 0.
+    Made on the CPU and kept on `device`. Taps past the last input have weight 0.
     """
     scale = axis.size_in / axis.size_out
     reach = 2.0 * axis.stretch
@@ -72,18 +72,25 @@ def taps(axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.where(index < end[:, None], weights, 0.0)
     weights = weights / weights.sum(1, keepdim=True) * 2**PRECISION
     # halves away from zero
-    return first, (weights.abs() + 0.5).floor().copysign(weights).int()
+    weights = (weights.abs() + 0.5).floor().copysign(weights).int()
+    return first.to(device), weights.to(device)
 
 
-def levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return what each grey level of each channel becomes, [3, 256], on the CPU.
+@functools.lru_cache(64)
+def levels(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Return what each grey level of each channel becomes, [3, 256], kept on `device`.
 
-    Computed in float32, as torchvision's ToTensor and Normalize do, and rounded once.
+    Made on the CPU in float32, as torchvision's ToTensor and Normalize do, and rounded once.
     """
     wide = torch.promote_types(dtype, torch.float32)
     grey = torch.arange(256, dtype=wide) / 255
     parts = [(grey - torch.tensor(m, dtype=wide)) / s for m, s in zip(mean, std, strict=True)]
-    return torch.stack(parts).to(dtype)
+    return torch.stack(parts).to(device, dtype)
 
 
 def to_grey(video: torch.Tensor) -> torch.Tensor:
@@ -104,7 +111,7 @@ def resize(grey: torch.Tensor, vertical: Axis, horizontal: Axis) -> torch.Tensor
 
 def _resize_rows(grey: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Return grey levels [..., size_in] int32 resized along the last dim, [..., count] int32."""
-    first, weights = (table.to(grey.device) for table in taps(axis))
+    first, weights = taps(axis, grey.device)
     total = grey.new_full((*grey.shape[:-1], axis.count), 1 << (PRECISION - 1))
     for i in range(weights.shape[1]):
         # past the last input the weight is 0
@@ -125,6 +132,6 @@ def preprocess_frames(
     vertical, horizontal = axes(*video.shape[3:], size)
     # [B, F, 3, H, W]
     small = resize(to_grey(video).transpose(1, 2), vertical, horizontal)
-    table = levels(mean, std, dtype).to(video.device)
+    table = levels(mean, std, dtype, video.device)
     channel = torch.arange(3, device=video.device)[:, None, None]
     return table[channel, small].contiguous()

@@ -373,11 +373,12 @@ def test_a_graph_replays_on_new_frames(random: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_is_read_back_from_the_gpu() -> None:
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_nothing_is_read_back_from_the_gpu(implementation: str) -> None:
     video = torch.zeros(1, 3, 2, 48, 83, device="cuda")
-    preprocess_frames(video, 24, implementation="triton")
+    preprocess_frames(video, 24, implementation=implementation)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        preprocess_frames(video, 24, implementation="triton")
+        preprocess_frames(video, 24, implementation=implementation)
     finally:
         torch.cuda.set_sync_debug_mode("default")
