@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -274,7 +275,8 @@ def _stage_e4m3(bench: Bench, size: Size) -> Case:
     peers = [Candidate(name, chain, check, peer=True, reset=reset)]
     scale_bytes = sum(4 * layer.elements // size.dim for _ in scales)
     moved = layer.elements * (4 * layer.dtype.itemsize + 2) + scale_bytes
-    return _case(bench, "norm_rope_stage_ e4m3", size, layer, run, check, peers, moved, reset)
+    case = _case(bench, "norm_rope_stage_", size, layer, run, check, peers, moved, reset)
+    return replace(case, dtype=f"{case.dtype}, e4m3 cache")
 
 
 def _rotate(bench: Bench, size: Size) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from types import ModuleType
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ _REMEDY = "call .contiguous()"
 # one program holds a row's query and key in registers
 MAX_CHANNELS = 8192
 E4M3 = torch.float8_e4m3fn
+_LOG = logging.getLogger("sdvg_kernels")
 
 # (frames, height, width) of the tokens of a call
 Grid: TypeAlias = tuple[int, int, int]
@@ -101,7 +103,8 @@ def norm_rope(
         start_frame: the first token's frame: an int, or [B] int32 on query's device, one for each
             sequence and read by the kernel.
         implementation: "triton" or "reference"; one that is asked for never falls back. None:
-            Triton on CUDA where it can, else the reference.
+            Triton on CUDA for head dim 64 and 128 and up to 8192 channels, else the reference, and
+            a warning is logged.
 
     Returns:
         rotated query [B, T, H, D] and key [B, T, Hk, D], contiguous, in query's dtype.
@@ -128,7 +131,7 @@ def norm_rope(
         grid[2],
         frame,
         offsets,
-        _choose(op, query, key, None, implementation),
+        _choose(op, query, None, implementation),
     )
 
 
@@ -221,7 +224,7 @@ def norm_rope_stage_(
         offsets,
         sink,
         cache_batch_idx,
-        _choose(op, query, key, k_cache.dtype, implementation),
+        _choose(op, query, k_cache.dtype, implementation),
     )
 
 
@@ -255,13 +258,13 @@ def _check_rows(
     batch, rows, heads, dim = shape
     _check_tensor(op, "key", key, dtype, device)
     other = key.shape
-    alike = len(other) == 4 and other[:2] == shape[:2] and other[3] == dim
+    alike = len(other) == 4 and other[0] == batch and other[1] == rows and other[3] == dim
     if not alike or other[2] < 1 or heads % other[2]:
         rule = f"be [B, T, Hk, D] = [{batch}, {rows}, Hk, {dim}] with Hk a divisor of H = {heads}"
         raise _value(op, "key", rule, other)
-    for name, tensor in (("query", query), ("key", key)):
-        if tensor.stride(3) != 1:
-            raise _value(op, name, "be contiguous in the last dim", "another stride", _REMEDY)
+    if query.stride(3) != 1 or key.stride(3) != 1:
+        name = "key" if query.stride(3) == 1 else "query"
+        raise _value(op, name, "be contiguous in the last dim", "another stride", _REMEDY)
     table_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     _check_tensor(op, "table", table, table_dtype, device)
     if table.dim() != 2 or table.shape[1] != dim or not table.shape[0] or not table.is_contiguous():
@@ -346,7 +349,8 @@ def _check_cache(
     _check_tensor(op, "value", value, query.dtype, device)
     if value.shape != shape:
         raise _value(op, "value", f"have key's shape {list(shape)}", value.shape)
-    if len(cached) != 4 or cached[1] < 1 or cached[2:] != shape[2:]:
+    fits = len(cached) == 4 and cached[2] == shape[2] and cached[3] == shape[3]
+    if not fits or cached[1] < 1:
         rule = f"be [Bc, S, Hk, D] with key's Hk, D = {list(shape[2:])} and at least one slot"
         raise _value(op, "k_cache", rule, cached)
     if v_cache.shape != cached:
@@ -355,11 +359,12 @@ def _check_cache(
         raise _type(op, "k_cache", "have query's dtype or be float8_e4m3fn", k_cache.dtype)
     if v_cache.dtype is not k_cache.dtype:
         raise _type(op, "v_cache", "have k_cache's dtype", v_cache.dtype)
-    for name, tensor in (("value", value), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.device != device:
-            raise _value(op, name, "be on query's device", tensor.device)
-        if tensor.stride(3) != 1:
-            raise _value(op, name, "be contiguous in the last dim", "another stride", _REMEDY)
+    if k_cache.device != device or v_cache.device != device:
+        got = f"{k_cache.device} and {v_cache.device}"
+        raise _value(op, "k_cache and v_cache", "be on query's device", got)
+    if value.stride(3) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        which, rule = "value, k_cache and v_cache", "be contiguous in the last dim"
+        raise _value(op, which, rule, "another stride", _REMEDY)
     if not 0 <= sink < cached[1]:
         raise _value(op, "sink", f"be at least 0 and less than S = {cached[1]}", sink)
     if shape[1] > cached[1] - sink:
@@ -394,14 +399,19 @@ def _check_scales(
 def _choose(
     op: str,
     query: torch.Tensor,
-    key: torch.Tensor,
     stored: torch.dtype | None,
     implementation: str | None,
 ) -> str:
-    """Return which implementation runs."""
+    """Return which implementation runs; a reference that nobody asked for is logged once."""
+    device = query.device
     heads, dim = query.shape[2:]
-    available = _available(query.device, heads, dim, query.dtype, stored is E4M3)
-    where = f"{query.device.type} tensors of {heads} x {dim} channels and {query.dtype}"
+    available = _available(device, heads, dim, query.dtype, stored is E4M3)
+    if implementation is None:
+        chosen = next(iter(available))
+        if not (reason := available[chosen]):
+            return chosen
+        _warn_once(op, device.type, reason)
+    where = f"{device.type} tensors of {heads} x {dim} channels and {query.dtype}"
     return require_implementation(op, implementation, available, where)
 
 
@@ -425,6 +435,11 @@ def _available(
         # the interpreter is for tests: never the default
         return {"reference": "", "triton": reason}
     return {"triton": reason, "reference": ""}
+
+
+@functools.cache
+def _warn_once(op: str, device: str, reason: str) -> None:
+    _LOG.warning("%s: the reference serves %s tensors here: %s", op, device, reason)
 
 
 def implementations() -> dict[str, str]:

@@ -26,8 +26,10 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._check import message
 from sdvg_kernels.rope import config
 
+_OP = "norm_rope"
 # Triton's interpreter drops the carry into the exponent when it casts to e4m3
 _INTERPRETED = triton.knobs.runtime.interpret
 _E4M3_MAX = tl.constexpr(448.0)
@@ -323,6 +325,15 @@ def _launch(
     if out_q.numel() == 0:
         return out_q
     tile, tile_key = (triton.next_power_of_2(count) for count in (heads, heads_key))
+    # offsets within a tile are 32 bits wide, the second and third dimension of a grid 16
+    tensors = {"query": query, "key": key, "value": value, "k_cache": out_k, "v_cache": out_v}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.stride(2) * tile >= 2**31:
+            rule = f"have a head stride below {2**31 // tile} for Triton"
+            raise NotImplementedError(message(_OP, name, rule, tensor.stride(2)))
+    if max(batch, rows // (height * width)) >= 2**16:
+        rule = "have fewer than 65536 sequences and frames for Triton"
+        raise NotImplementedError(message(_OP, "query", rule, query.shape))
     value_strides = (0, 0, 0) if value is None else value.stride()
     out_v_strides = (0, 0, 0) if out_v is None else out_v.stride()
     launch = config.INTERPRETED if _INTERPRETED else config.choose(tile, dim)

@@ -181,6 +181,7 @@ CASES = {
     "goes on at its length": Case(lengths=(8, 20)),
     "ring wraps": Case(lengths=(33, 106), sink=3, slots=40),
     "within and past the sink": Case(lengths=(2, 9), sink=6, slots=14, grid=(2, 2, 2)),
+    "the sink is longer than the ring": Case(lengths=(1, 8), sink=10, slots=16, grid=(1, 2, 3)),
     "the ring is the block": Case(lengths=(5, 27), sink=2, slots=10),
     "several blocks": Case(grid=(6, 2, 3), lengths=(12,), slots=37),
     "rows named": Case(lengths=(4, 9, 0), rows=(2, 0)),
@@ -287,6 +288,22 @@ def test_positions_that_only_the_device_knows_give_nan(
         expected[0, 4:, : 2 * pairs] = expected[2, :4, : 2 * pairs] = True
         assert torch.equal(lost, expected)
         assert torch.equal(rotated.isnan().any(2), expected)
+
+
+def test_a_sequence_that_the_cache_does_not_have_is_not_written(
+    lane: Lane, random: torch.Generator
+) -> None:
+    if lane.implementation == "reference":
+        pytest.skip("the reference's values are checked, or preconditions")
+    case = Case(lengths=(0, 16, -1), rows=(7, 1, 2))
+    inputs = make(replace(case, rows=(0, 1, 2), lengths=(0, 16, 0)), random, lane.device)
+    inputs.lengths.copy_(torch.tensor(case.lengths, dtype=INT))
+    query = stage(case, inputs, lane)
+    assert query[[0, 2]].isnan().all()
+    assert not query[1].isnan().any()
+    for cache in (inputs.k_cache, inputs.v_cache):
+        assert cache[[0, 2]].isnan().all()
+        assert not cache[1, slots_of(case, 1)].isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(0, (2, 2, 2)), (2, (0, 2, 2))], ids=["no batch", "no frames"])
@@ -474,7 +491,8 @@ _GOOD = {
         (
             {"value": _KEY.repeat_interleave(2, -1)[..., ::2]},
             ValueError,
-            "value must be contiguous in the last dim, got another stride; call .contiguous()",
+            "value, k_cache and v_cache must be contiguous in the last dim, got another stride; "
+            "call .contiguous()",
         ),
         (
             {"value": _QUERY},
@@ -615,6 +633,15 @@ def test_an_implementation_asked_for_never_falls_back() -> None:
         norm_rope(query, query, rope_table(1, 32), (1, 1, 1), implementation="triton")
 
 
+def test_a_head_stride_that_overflows_a_tile_is_refused() -> None:
+    if api.triton_reason("cpu"):
+        pytest.skip(api.triton_reason("cpu"))
+    query = torch.zeros(64).as_strided((1, 1, 1, 64), (64, 64, 2**31, 1))
+    text = "norm_rope: query must have a head stride below 2147483648 for Triton, got 2147483648"
+    with pytest.raises(NotImplementedError, match=text):
+        norm_rope(query, query, rope_table(1, 64), (1, 1, 1), implementation="triton")
+
+
 @pytest.mark.parametrize("heads", range(1, 65))
 def test_every_width_has_a_launch(heads: int) -> None:
     for dim in api.HEAD_DIMS:
@@ -690,16 +717,3 @@ def test_a_graph_replays_at_new_lengths_and_frames(e4m3: bool, random: torch.Gen
         pairs += list(zip(scales.values(), eager_scales.values(), strict=True))
         for got, want in pairs:
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
-
-
-@pytest.mark.gpu
-def test_a_sequence_that_the_cache_does_not_have_is_not_written(random: torch.Generator) -> None:
-    case = Case(lengths=(0, 16, -1), rows=(7, 1, 2))
-    inputs = make(replace(case, rows=(0, 1, 2), lengths=(0, 16, 0)), random, "cuda")
-    inputs.lengths.copy_(torch.tensor(case.lengths, dtype=INT))
-    query = stage(case, inputs, GPU)
-    assert query[[0, 2]].isnan().all()
-    assert not query[1].isnan().any()
-    for cache in (inputs.k_cache, inputs.v_cache):
-        assert cache[[0, 2]].isnan().all()
-        assert not cache[1, slots_of(case, 1)].isnan().any()
