@@ -123,6 +123,7 @@ def case(bench: Bench, shape: Shape, *, eight_bits: bool = False) -> Case:
     16 bits for comparison.
     """
     device, cpu = bench.device, bench.device.type == "cpu"
+    names, peers, left_out = _who(shape, device, eight_bits)
     dtype = torch.float32 if cpu else torch.bfloat16
     visible = shape.visible()
     sizes = (shape.batch, shape.slots, shape.heads, shape.dim)
@@ -168,30 +169,15 @@ def case(bench: Bench, shape: Shape, *, eight_bits: bool = False) -> Case:
         held = check_noise if _is_eight_bits(name) else check
         return Candidate(said, run, held, reset=lambda: out.fill_(torch.nan))
 
-    left_out, candidates = {}, []
-    for name, reason in implementations()["attention"].items():
-        # the reference is what serves a CPU, and no candidate on a GPU
-        if (name == "reference") is not cpu:
-            continue
-        if reason:
-            left_out[name] = reason
-        elif eight_bits or not _is_eight_bits(name):
-            candidates.append(ours(name))
+    candidates = [ours(name) for name in names]
     seen = visible.to(device)
-    for peer in attention_peers(device):
-        if peer.quantized is not eight_bits:
-            continue
-        if reason := _why_not(peer, shape):
-            left_out[peer.name] = reason
-            continue
+    for peer in peers:
         attend = peer.build()
         run = _with_mask(attend, seen) if peer.masks else partial(gather, attend)
         held = check_noise if eight_bits else check
         candidates.append(
             Candidate(peer.name, partial(run, query, k_cache, v_cache), held, peer=True)
         )
-    if eight_bits and all("(bfloat16)" in candidate.name for candidate in candidates):
-        raise Unavailable(f"nobody computes in 8 bits here: {_listed(left_out)}")
 
     pairs = int(visible.sum()) * (shape.rows // shape.blocks)
     touched = int(visible.any(0).sum())
@@ -211,14 +197,36 @@ def _is_eight_bits(implementation: str) -> bool:
     return implementation.endswith("_fp8")
 
 
-def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+def _who(
+    shape: Shape, device: torch.device, eight_bits: bool
+) -> tuple[list[str], list[Peer], dict[str, str]]:
+    """Return our implementations, the peers, and why others are left out.
 
-
-def _why_not(peer: Peer, shape: Shape) -> str:
-    if peer.name == "flex" and not peer.reason and not shape.flex:
-        return "compiled for some of the shapes only, to save time"
-    return peer.reason
+    Raises: Unavailable where somebody in 8 bits is asked for and there is nobody.
+    """
+    names, peers, left_out = [], [], {}
+    for name, reason in implementations()["attention"].items():
+        # the reference is what serves a CPU, and no candidate on a GPU
+        if (name == "reference") is not (device.type == "cpu"):
+            continue
+        if reason:
+            left_out[name] = reason
+        elif eight_bits or not _is_eight_bits(name):
+            names.append(name)
+    for peer in attention_peers(device):
+        if peer.quantized is not eight_bits:
+            continue
+        reason = peer.reason
+        if peer.name == "flex" and not reason and not shape.flex:
+            reason = "compiled for some of the shapes only, to save time"
+        if reason:
+            left_out[peer.name] = reason
+        else:
+            peers.append(peer)
+    if eight_bits and not peers and not any(map(_is_eight_bits, names)):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise Unavailable(f"nobody computes in 8 bits here: {listed}")
+    return names, peers, left_out
 
 
 def _runs(visible: torch.Tensor) -> list[slice]:
