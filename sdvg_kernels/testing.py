@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sdvg_kernels import (
     _ops,
     block_causal_attention,
     commit_,
     compact_,
+    norm_rope,
+    norm_rope_stage_,
     rollback_,
+    rope_table,
     route_blocks,
     select_,
     stage_,
@@ -210,6 +214,8 @@ def main() -> int:
                 failed |= not _report(
                     what, _check_attention, lane, dtype, rows, sink, window, block_size
                 )
+            what = f"norm_rope_stage_ {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _check_rope, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
@@ -257,6 +263,45 @@ def _check_attention(
         **options,
     )
     assert_within_budget(out, plain, exact)
+
+
+def _check_rope(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that a block is rotated within its budget and lies in the slots of a wrapped ring."""
+    random = torch.Generator().manual_seed(0)
+    grid, length, sink, slots = (2, 1, 3), 34, 3, 12
+    wide = [torch.randn(1, 6, heads, 128, generator=random).double() for heads in (4, 2, 2)]
+    query, key, value = (tensor.to(lane.device, dtype) for tensor in wide)
+    wide = [tensor.double() for tensor in (query, key)]
+    tables = [rope_table(64, 128, dtype=kind) for kind in (torch.float32, torch.float64)]
+    tables = [table.to(lane.device) for table in tables]
+    caches = [torch.full((1, slots, 2, 128), torch.nan).to(key) for _ in range(2)]
+    lengths = torch.tensor([length], dtype=torch.int32, device=lane.device)
+    weights = {
+        "query_weight": torch.rand(512, generator=random).to(query),
+        "key_weight": torch.rand(256, generator=random).to(query),
+    }
+    options = {"start_frame": 11, "implementation": lane.implementation}
+    out = norm_rope_stage_(
+        query, key, value, *caches, lengths, tables[0], grid, **weights, sink=sink, **options
+    )
+    options["implementation"] = "reference"
+    exact = norm_rope(
+        *wide, tables[1], grid, **{name: x.double() for name, x in weights.items()}, **options
+    )
+    # plain PyTorch rounds the norm's output, then what is rotated
+    normed = [
+        F.rms_norm(x.flatten(2), (x[0, 0].numel(),), weight, 1e-6).view_as(x).double()
+        for x, weight in zip((query, key), weights.values(), strict=True)
+    ]
+    plain = [x.to(dtype) for x in norm_rope(*normed, tables[1], grid, **options)]
+    token = torch.arange(length, length + 6, device=lane.device)
+    slot = sink + (token - sink) % (slots - sink)
+    assert_within_budget(out, plain[0], exact[0], "query")
+    assert_within_budget(caches[0][:, slot], plain[1], exact[1], "key")
+    assert torch.equal(caches[1][:, slot], value), "V is not the value"
+    for name, cache in zip("KV", caches, strict=True):
+        cache[:, slot] = torch.nan
+        assert cache.isnan().all(), f"{name}: another slot was written"
 
 
 def _check_routing(lane: Lane) -> None:
