@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdvg.models.checkpoints import config_of, load_transformer
+from sdvg.models.checkpoints import config_of, load_transformer, read_tensors
 
 diffusers = pytest.importorskip("diffusers", reason="the Wan classes are diffusers'")
 Wan = diffusers.WanTransformer3DModel
@@ -529,6 +532,43 @@ def test_each_malformed_checkpoint_is_one_clear_sentence(
         load_transformer(write(tmp_path, model))
     assert one_sentence(str(error.value), tmp_path), error.value
     assert "never be seen" not in capfd.readouterr().out
+
+
+def damaged_safetensors(raw: bytes, chance: random.Random) -> bytes:
+    found = bytearray(raw)
+    for _ in range(chance.randint(1, 4)):
+        found[chance.randrange(len(found))] = chance.randrange(256)
+    return bytes(found[: chance.randrange(len(found))] if chance.random() < 0.2 else found)
+
+
+def damaged_pt(raw: bytes, chance: random.Random) -> bytes:
+    """The same zip, whole, around a pickle with wrong bytes."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            found = bytearray(old.read(name))
+            if name.endswith("data.pkl"):
+                for _ in range(chance.randint(1, 3)):
+                    found[chance.randrange(len(found))] = chance.randrange(256)
+            new.writestr(name, bytes(found))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("damage", [damaged_safetensors, damaged_pt])
+def test_a_damaged_file_never_fails_in_another_way(
+    tmp_path: Path, damage: Callable[[bytes, random.Random], bytes]
+) -> None:
+    path, weights = tmp_path / "x", {f"model.blocks.{i}.modulation": torch.ones(2) for i in "01"}
+    save_file(weights, path) if damage is damaged_safetensors else saved(path, weights)
+    raw, chance, said = path.read_bytes(), random.Random(0), []
+    for _ in range(300):
+        path.write_bytes(damage(raw, chance))
+        try:
+            read_tensors(path)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert all(one_sentence(text, tmp_path) for text in said)
 
 
 def lora_of(change: Callable[[Weights], object]) -> Callable[[nn.Module], Weights]:
