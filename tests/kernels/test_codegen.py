@@ -68,6 +68,7 @@ def test_an_unknown_kernel_is_an_error() -> None:
         ((9, 240_000, 0, {}), Budget(), "240000 bytes of shared memory of 232448"),
         ((9, 0, 0, {"HMMA": 64}), Budget(matrix="HGMMA"), "no HGMMA instruction"),
         ((9, 0, 0, {"HGMMA": 64}), Budget(matrix="HGMMA"), ""),
+        ((9, 0, 0, {}), Budget(wide=18), "0 16-byte accesses of 18"),
         ((9, 0, 0, {}, ((0, 1), (1,))), Budget(overlapped=True), ""),
         ((9, 0, 0, {}, ((0, 1), (0,))), Budget(overlapped=True), WAITS),
         ((9, 0, 0, {}, ()), Budget(overlapped=True), WAITS),

@@ -648,6 +648,17 @@ def test_every_width_has_a_launch(heads: int) -> None:
         assert config.choose(1 << (heads - 1).bit_length(), dim).reason
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_compilation_must_access_memory_16_bytes_at_a_time(arch: int) -> None:
+    kernel = pytest.importorskip("sdvg_kernels.rope.kernel", reason="needs Triton")
+    cases = list(kernel.compilations(arch))
+    # 12 heads in bf16: 3 KB each of query, key, value and 2 weights read, and of 3 written
+    (first,) = (case for case in cases if case.config == "H12 D128 bf16 cache")
+    assert first.budget.wide * 16 * 32 * first.num_warps == 8 * 12 * 128 * 2
+    assert all(case.budget.wide > 0 for case in cases)
+    assert any("e4m3" in case.config for case in cases) == (arch > 80)
+
+
 # --- GPU only ---
 
 GPU = Lane("triton", "cuda", "triton")
