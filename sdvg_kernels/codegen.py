@@ -223,10 +223,10 @@ class _Facts(NamedTuple):
     # of each main loop with warpgroup products: products that its waits leave in flight
     waits: tuple[tuple[int, ...], ...] = ()
     setmaxnreg: tuple[int, ...] = ()
-    # 16-byte accesses of global memory
-    wide: int = 0
     # ptxas gave up on products in flight: each waits for the one before it
     serialized: bool = False
+    # 16-byte accesses of global memory
+    wide: int = 0
 
 
 def _row(kernel: str, arch: int, config: str, facts: _Facts, budget: Budget) -> Row:
