@@ -521,8 +521,10 @@ def test_the_gpu_scores_alike_in_a_graph_and_never_waits(
     score = ImageReward(file, vocabulary, dtype=dtype, device="cuda")
     given = video.cuda()
     first = score(given, PROMPTS)
-    half = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float32: 1e-3}[dtype]
-    assert (first.cpu() - reward(video, PROMPTS)).abs().max() < half * reward(video, PROMPTS).std()
+    # three times what the CPU loses in these dtypes; a float32 convolution is a TF32 one
+    share = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float32: 0.02}[dtype]
+    truth = reward(video, PROMPTS)
+    assert (first.cpu() - truth).abs().max() < share * truth.std()
     torch.cuda.set_sync_debug_mode("error")
     try:
         again = score(given, PROMPTS)
