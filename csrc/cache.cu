@@ -6,8 +6,12 @@
 // The layers' pointers travel in the launch's parameters: nothing is uploaded, and a captured graph
 // replays.
 //
-// Copies are bound by memory: a thread has kUnroll loads of up to 16 bytes in flight before its
-// first store, and a block moves 16 KiB, so that even one layer of a small block fills the machine.
+// Copies are bound by memory. An H200 needs 25 KB on their way in each multiprocessor (4.8 TB/s x
+// 700 ns / 132): a thread has kUnroll loads of up to 16 bytes on their way before its first store,
+// and with 64 registers a multiprocessor has 1024 threads or more, 64 KB. A block moves 16 KiB, so
+// that even one layer of a small block fills the machine. Decisions are read first, together; new
+// rows are loaded before the length that says where they go is there. What is read once, and what
+// only a rollback would read, leaves the caches first: the K and V that attention reads next stay.
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,8 +31,6 @@ constexpr uint32_t kUnroll = 4;
 // layers, or tensors, of one launch: what fits in 4 KiB of parameters; more of them take another
 // launch
 constexpr int kLayers = 64;
-// shared memory that every architecture gives a block without asking
-constexpr uint32_t kSharedBytes = 48 << 10;
 
 // --- parameters ---
 
@@ -38,6 +40,7 @@ struct Ring {
 
   // slot of token `length + row` is sink + wrap(start(length) + row), for row < size
   __host__ __device__ int32_t start(int32_t length) const {
+    SDVG_DEVICE_CHECK(length >= 0, "lengths must be at least 0");
     return length < sink ? length - sink : (length - sink) % size;
   }
   __host__ __device__ int32_t wrap(int32_t place) const {
@@ -58,10 +61,6 @@ struct Sequences {
                            : static_cast<const int32_t*>(batch_idx)[i];
     SDVG_DEVICE_CHECK(b >= 0 && b < count, "batch_idx must name sequences of the cache");
     return b;
-  }
-  __host__ __device__ int32_t length(int64_t b) const {
-    SDVG_DEVICE_CHECK(lengths[b] >= 0, "lengths must be at least 0");
-    return lengths[b];
   }
 };
 
@@ -96,35 +95,44 @@ struct MoveRows {
   template <int>
   __host__ __device__ void phase(Place at, uint8_t*) const {
     const uint32_t i = at.block.y, layer = at.block.z >> 1, side = at.block.z & 1;
-    if (accept != nullptr && accept[i]) return;
     const int64_t b = sequences[i];
-    const int32_t start = ring.start(sequences.length(b));
+    const int32_t length = sequences.lengths[b];
+    if (accept != nullptr && accept[i]) return;
     const uint32_t first = at.block.x * (kThreads * kUnroll) + at.thread;
 
     Vec fresh[kUnroll], old[kUnroll];
+    uint32_t row[kUnroll], byte[kUnroll];
     uint8_t* target[kUnroll];
 #pragma unroll
     for (uint32_t j = 0; j < kUnroll; ++j) {
       const uint32_t v = first + j * kThreads;
-      if (v >= vectors) break;
-      const uint32_t t = v / row_vectors, byte = v % row_vectors * sizeof(Vec);
-      target[j] = cache[side].row(layer, b, ring.wrap(start + static_cast<int32_t>(t))) + byte;
-      fresh[j] = load<Vec>(rows[side].row(layer, i, t) + byte);
-      if (save) old[j] = load<Vec>(target[j]);
+      row[j] = v / row_vectors;
+      byte[j] = v % row_vectors * sizeof(Vec);
+      if (v < vectors) fresh[j] = load_once<Vec>(rows[side].row(layer, i, row[j]) + byte[j]);
+    }
+    const int32_t start = ring.start(length);
+#pragma unroll
+    for (uint32_t j = 0; j < kUnroll; ++j)
+      target[j] =
+          cache[side].row(layer, b, ring.wrap(start + static_cast<int32_t>(row[j]))) + byte[j];
+    if (save) {
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j)
+        if (first + j * kThreads < vectors) old[j] = load<Vec>(target[j]);
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j)
+        if (first + j * kThreads < vectors)
+          store_once(saved[side].row(layer, i, row[j]) + byte[j], old[j]);
     }
 #pragma unroll
-    for (uint32_t j = 0; j < kUnroll; ++j) {
-      const uint32_t v = first + j * kThreads;
-      if (v >= vectors) break;
-      const uint32_t t = v / row_vectors, byte = v % row_vectors * sizeof(Vec);
-      if (save) store(saved[side].row(layer, i, t) + byte, old[j]);
-      store(target[j], fresh[j]);
-    }
+    for (uint32_t j = 0; j < kUnroll; ++j)
+      if (first + j * kThreads < vectors) store(target[j], fresh[j]);
   }
 };
 
 // cache[b, length + p] = cache[b, length + path[i, p]]: a block owns some columns of all rows of a
-// sequence's path, and reads every one into shared memory before it writes any
+// sequence's path, and reads every one into shared memory before it writes any. The reads need no
+// registers: all of a block's are on their way at once
 // grid: (tiles of columns, sequences, layers x {K, V})
 // budget: CompactRows registers 64 (four blocks on a multiprocessor)
 template <class Vec>
@@ -144,59 +152,81 @@ struct CompactRows {
   __host__ __device__ void phase(Place at, uint8_t* shared) const {
     const uint32_t i = at.block.y, layer = at.block.z >> 1, side = at.block.z & 1;
     const int64_t b = sequences[i];
-    const int32_t start = ring.start(sequences.length(b));
+    const int32_t start = ring.start(sequences.lengths[b]);
     Vec* const staged = reinterpret_cast<Vec*>(shared);
-    const uint32_t size = path_length << columns_log2;
+    const uint32_t size = path_length << columns_log2, mask = (1u << columns_log2) - 1;
     for (uint32_t first = at.thread; first < size; first += kThreads * kUnroll) {
-      Vec vec[kUnroll];
-      uint8_t* row[kUnroll];
+      int32_t from[kUnroll];
 #pragma unroll
       for (uint32_t j = 0; j < kUnroll; ++j) {
-        const uint32_t e = first + j * kThreads, p = e >> columns_log2;
-        const uint32_t column = (at.block.x << columns_log2) + (e & ((1u << columns_log2) - 1));
-        const int32_t from = e < size && column < row_vectors ? path[i * path_stride + p] : -1;
-        row[j] = nullptr;
-        if (from < 0 || from == static_cast<int32_t>(p)) continue;
-        SDVG_DEVICE_CHECK(from < ring.size, "path must stay within the ring");
-        const int32_t place = start + (kPhase == 0 ? from : static_cast<int32_t>(p));
-        row[j] = cache[side].row(layer, b, ring.wrap(place)) + column * sizeof(Vec);
-        vec[j] = kPhase == 0 ? load<Vec>(row[j]) : staged[e];
+        const uint32_t e = first + j * kThreads;
+        from[j] = e < size ? path[i * path_stride + (e >> columns_log2)] : -1;
+      }
+      Vec vec[kUnroll];
+      uint8_t* place[kUnroll];
+#pragma unroll
+      for (uint32_t j = 0; j < kUnroll; ++j) {
+        const uint32_t e = first + j * kThreads;
+        const uint32_t column = (at.block.x << columns_log2) + (e & mask);
+        const int32_t p = static_cast<int32_t>(e >> columns_log2);
+        SDVG_DEVICE_CHECK(from[j] < ring.size, "path must stay within the ring");
+        // a row that stays where it is
+        const bool moves = from[j] >= 0 && from[j] != p && column < row_vectors;
+        const int32_t t = ring.wrap(start + (kPhase == 0 ? from[j] : p));
+        place[j] = moves ? cache[side].row(layer, b, t) + column * sizeof(Vec) : nullptr;
+        if constexpr (kPhase == 1)
+          if (moves) vec[j] = staged[e];
       }
 #pragma unroll
       for (uint32_t j = 0; j < kUnroll; ++j) {
-        if (row[j] == nullptr) continue;
+        if (place[j] == nullptr) continue;
         if constexpr (kPhase == 0)
-          staged[first + j * kThreads] = vec[j];
+          copy_to_shared(staged + first + j * kThreads, place[j]);
         else
-          store(row[j], vec[j]);
+          store(place[j], vec[j]);
       }
     }
+    if constexpr (kPhase == 0) wait_for_copies();
   }
 };
 
-// lengths[b] += count where accept[i], or += the valid entries of path[i]; one thread a sequence
+// lengths[b] += count where accept[i]; one thread a sequence
 // budget: Advance registers 64
 struct Advance {
   static constexpr int kPhases = 1;
 
   Sequences sequences;
-  const bool* accept;  // null: by path
-  const int32_t* path;
-  int64_t path_stride;
-  uint32_t path_length;
+  const bool* accept;
   int32_t count;
   uint32_t size;  // b
 
   template <int>
   __host__ __device__ void phase(Place at, uint8_t*) const {
     const uint32_t i = at.block.x * kThreads + at.thread;
-    if (i >= size) return;
-    int32_t advance = 0;
-    if (accept != nullptr)
-      advance = accept[i] ? count : 0;
-    else
-      for (uint32_t p = 0; p < path_length; ++p) advance += path[i * path_stride + p] >= 0;
-    sequences.lengths[sequences[i]] += advance;
+    if (i < size && accept[i]) sequences.lengths[sequences[i]] += count;
+  }
+};
+
+// lengths[b] += the entries of path[i] before its first -1: one thread an entry, and the last valid
+// one knows how many there are
+// grid: (tiles of a path's entries, sequences)
+// budget: AdvanceAlong registers 64
+struct AdvanceAlong {
+  static constexpr int kPhases = 1;
+
+  Sequences sequences;
+  const int32_t* path;
+  int64_t path_stride;
+  uint32_t path_length;
+
+  template <int>
+  __host__ __device__ void phase(Place at, uint8_t*) const {
+    const uint32_t i = at.block.y, p = at.block.x * kThreads + at.thread;
+    if (p >= path_length) return;
+    const int32_t* const entry = path + i * path_stride + p;
+    const bool valid = entry[0] >= 0, more = p + 1 < path_length && entry[1] >= 0;
+    SDVG_DEVICE_CHECK(valid || !more, "path must have -1 at its end only");
+    if (valid && !more) sequences.lengths[sequences[i]] += static_cast<int32_t>(p) + 1;
   }
 };
 
@@ -237,7 +267,7 @@ struct SelectRows {
 #pragma unroll
       for (uint32_t j = 0; j < kUnroll; ++j)
         if (const int64_t v = first + j * kThreads; v < it.vectors)
-          taken[j] = load<Vec>(other + v * sizeof(Vec));
+          taken[j] = load_once<Vec>(other + v * sizeof(Vec));
 #pragma unroll
       for (uint32_t j = 0; j < kUnroll; ++j)
         if (const int64_t v = first + j * kThreads; v < it.vectors)
@@ -275,12 +305,17 @@ struct Layers {
       for (int64_t i = 0; i < first.size(0); ++i) layer.push_back(base + i * stride);
       return;
     }
+    const auto sizes = first.sizes(), strides = first.strides();
+    const auto dtype = first.scalar_type();
+    const int64_t device = first.get_device_index(), cuda = first.is_cuda();
+    layer.reserve(tensors.size());
     for (const Tensor& tensor : tensors) {
-      bool alike = tensor.dim() == 4 && tensor.element_size() == first.element_size();
-      for (int64_t d = 0; alike && d < 4; ++d)
-        alike = tensor.size(d) == first.size(d) &&
-                (first.size(d) == 1 || tensor.stride(d) == first.stride(d));
-      SDVG_CHECK(alike, op, name, " must have layers of one shape, dtype and strides");
+      const auto own_sizes = tensor.sizes(), own_strides = tensor.strides();
+      bool alike = own_sizes.size() == 4 && tensor.scalar_type() == dtype &&
+                   tensor.is_cuda() == cuda && tensor.get_device_index() == device;
+      for (size_t d = 0; alike && d < 4; ++d)
+        alike = own_sizes[d] == sizes[d] && own_strides[d] == strides[d];
+      SDVG_CHECK(alike, op, name, " must have layers of one shape, dtype, device and strides");
       layer.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
     }
   }
@@ -334,6 +369,26 @@ Ring ring_of(const char* op, const Layers& cache, int64_t sink) {
   SDVG_CHECK(0 <= sink && sink < cache.t && cache.t < INT32_MAX / 2, op,
              "sink must be at least 0 and less than S = ", cache.t);
   return {static_cast<int32_t>(sink), static_cast<int32_t>(cache.t - sink)};
+}
+
+// whether both are [B, ...] as `accept` has it, of one shape, dtype and device, with contiguous
+// rows of which those of `some` do not overlap
+bool rows_alike(const Tensor& some, const Tensor& other, const Tensor& accept) {
+  const auto sizes = some.sizes();
+  bool alike = !sizes.empty() && sizes[0] == accept.size(0) && other.sizes() == sizes &&
+               other.scalar_type() == some.scalar_type();
+  for (const Tensor* tensor : {&some, &other}) {
+    alike = alike && tensor->is_cuda() == accept.is_cuda() &&
+            tensor->get_device_index() == accept.get_device_index();
+    if (!alike) return false;
+    if (tensor->numel() == 0) continue;
+    const auto strides = tensor->strides();
+    int64_t row = 1;
+    for (size_t d = sizes.size() - 1; d > 0; row *= sizes[d], --d)
+      alike = alike && (sizes[d] == 1 || strides[d] == row);
+    if (tensor == &some) alike = alike && (sizes[0] == 1 || strides[0] >= row);
+  }
+  return alike;
 }
 
 uint32_t tiles(int64_t vectors) {
@@ -441,15 +496,22 @@ void compact_(Tensors k_cache, Tensors v_cache, Tensor lengths, Tensor path,
   for (const Layers& side : cache) side.add_to(alignment);
   if (cache[0].row_bytes)
     with_vector(alignment.width(), [&]<class Vec>(Vec) {
-      const uint32_t most = kSharedBytes / static_cast<uint32_t>(length * sizeof(Vec));
-      SDVG_CHECK(most > 0, op, "path must have at most ", kSharedBytes / sizeof(Vec), " columns");
+      const uint32_t column_bytes = static_cast<uint32_t>(length * sizeof(Vec));
+      const uint32_t shared = most_shared_bytes<kLane>(lengths), fit = shared / column_bytes;
+      SDVG_CHECK(fit > 0, op, "path must have at most ", shared / sizeof(Vec), " columns");
       CompactRows<Vec> kernel{.sequences = sequences,
                               .ring = ring,
                               .path = int32_of(path),
                               .path_stride = length,
                               .path_length = static_cast<uint32_t>(length)};
       kernel.row_vectors = static_cast<uint32_t>(cache[0].row_bytes / sizeof(Vec));
-      // as many columns as there are, or fit, in a power of two
+      // two blocks share a multiprocessor, which keeps 1 KB for each: one reads while one writes. A
+      // sector has 32 bytes: for less, a block takes all the memory. A short path takes no more
+      // columns than 8 vectors a thread, so that its blocks still fill the machine
+      const uint32_t half = (shared - 1024) / 2 / column_bytes;
+      const uint32_t sector = std::max<uint32_t>(1, 32 / sizeof(Vec));
+      const uint32_t enough = std::max<uint32_t>(128 / sizeof(Vec), 8 * kThreads / length);
+      const uint32_t most = std::min(std::max(half, std::min(fit, sector)), enough);
       const uint32_t columns = std::min(std::bit_ceil(kernel.row_vectors), std::bit_floor(most));
       kernel.columns_log2 = std::countr_zero(columns);
       for (int64_t first = 0; first < layers; first += kLayers) {
@@ -460,13 +522,15 @@ void compact_(Tensors k_cache, Tensors v_cache, Tensor lengths, Tensor path,
         launch<kLane>(op, kernel, grid, columns * length * sizeof(Vec), lengths);
       }
     });
-  // a launch of its own: every block above reads the old lengths
-  const Advance advance{.sequences = sequences,
-                        .path = int32_of(path),
-                        .path_stride = length,
-                        .path_length = static_cast<uint32_t>(length),
-                        .size = static_cast<uint32_t>(b)};
-  launch<kLane>(op, advance, dim3((b + kThreads - 1) / kThreads), 0, lengths);
+  // a launch of its own: every block above reads the old lengths. One launch would need a count of
+  // the blocks that have, in memory that is zero for every stream and every replay of a graph
+  const AdvanceAlong advance{.sequences = sequences,
+                             .path = int32_of(path),
+                             .path_stride = length,
+                             .path_length = static_cast<uint32_t>(length)};
+  const dim3 grid(static_cast<uint32_t>((length + kThreads - 1) / kThreads),
+                  static_cast<uint32_t>(b));
+  launch<kLane>(op, advance, grid, 0, lengths);
 }
 
 template <Lane kLane>
@@ -483,9 +547,8 @@ void select_(Tensor accept, Tensors draft, Tensors other) {
   };
   for (size_t n = 0; n < draft.size(); ++n) {
     const Tensor &mine = draft[n], &theirs = other[n];
-    SDVG_CHECK(mine.dim() > 0 && mine.size(0) == b && theirs.numel() == mine.numel() &&
-                   theirs.element_size() == mine.element_size(),
-               op, "draft and other must be alike, [B, ...] with B = ", b);
+    SDVG_CHECK(rows_alike(mine, theirs, accept), op,
+               "draft and other must be alike, [B, ...] with contiguous rows, and B = ", b);
     if (mine.numel() == 0) continue;
     const int64_t item = static_cast<int64_t>(mine.element_size());
     const int64_t bytes = mine.numel() / b * item;

@@ -57,6 +57,18 @@ void run_on_host(const Kernel& kernel, dim3 grid, size_t shared_bytes) {
   }
 }
 
+// shared memory that every architecture gives a block without asking
+constexpr uint32_t kSharedBytes = 48 << 10;
+
+// bytes of shared memory that a block may have; the host lane has what an RTX 4090 has
+template <Lane kLane>
+uint32_t most_shared_bytes(const torch::stable::Tensor& on) {
+  int bytes = 99 << 10;
+  if constexpr (kLane == Lane::kDevice)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, on.get_device_index());
+  return static_cast<uint32_t>(bytes);
+}
+
 // runs `kernel` on the grid; `on` is a tensor of the device
 template <Lane kLane, class Kernel>
 void launch(const char* op, const Kernel& kernel, dim3 grid, size_t shared_bytes,
@@ -67,6 +79,9 @@ void launch(const char* op, const Kernel& kernel, dim3 grid, size_t shared_bytes
     SDVG_CHECK(grid.y <= 65535 && grid.z <= 65535, op, "batch must be at most 65535");
     const int32_t device = on.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
+    if (shared_bytes > kSharedBytes)
+      cudaFuncSetAttribute(run_on_device<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes));
     run_on_device<<<grid, kThreads, shared_bytes, current_stream(device)>>>(kernel);
     check_launch(op);
   }

@@ -29,6 +29,48 @@ __host__ __device__ __forceinline__ void store(uint8_t* to, Vec vec) {
 #endif
 }
 
+// the same for bytes that nobody reads again soon: they leave the caches first (ld.cs, st.cs)
+template <class Vec>
+__host__ __device__ __forceinline__ Vec load_once(const uint8_t* from) {
+#ifdef __CUDA_ARCH__
+  return __ldcs(reinterpret_cast<const Vec*>(from));
+#else
+  return load<Vec>(from);
+#endif
+}
+
+template <class Vec>
+__host__ __device__ __forceinline__ void store_once(uint8_t* to, Vec vec) {
+#ifdef __CUDA_ARCH__
+  __stcs(reinterpret_cast<Vec*>(to), vec);
+#else
+  store(to, vec);
+#endif
+}
+
+// copies to shared memory without a register between; `wait_for_copies` before the barrier
+template <class Vec>
+__host__ __device__ __forceinline__ void copy_to_shared(Vec* to, const uint8_t* from) {
+#ifdef __CUDA_ARCH__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (sizeof(Vec) == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
+  else if constexpr (sizeof(Vec) >= 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from),
+                 "n"(sizeof(Vec)));
+  else
+    *to = load<Vec>(from);
+#else
+  *to = load<Vec>(from);
+#endif
+}
+
+__host__ __device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // collects addresses and distances in bytes; `width` divides all of them
 class Alignment {
  public:

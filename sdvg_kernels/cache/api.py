@@ -14,8 +14,9 @@ int64, distinct); row i of the other arguments then belongs to sequence batch_id
 moved, bit for bit.
 
 Values are preconditions: batch_idx distinct and in range, lengths at least 0, a path's offsets
-within the ring. Broken, they are a ValueError on the CPU, undefined in the reference on CUDA, an
-error of the host lane (which does not see a repeated sequence), and a device trap of the kernels.
+within the ring and its -1 at the end only. Broken, they are a ValueError on the CPU, undefined in
+the reference on CUDA, an error of the host lane (which does not see a repeated sequence), and a
+device trap of the kernels.
 
 Every function can be captured in a CUDA graph, reads no device memory on the host, is
 deterministic, and takes `implementation`: None (the best one here), "cuda", or "reference". An
@@ -24,6 +25,7 @@ implementation asked for by name never falls back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -69,8 +71,9 @@ class PointerTable:
         self.shape = first.shape
 
 
-# rows of a path that a block holds in shared memory at once, at 16 bytes each (csrc/cache.cu)
-_COMPACT_ROWS = 3072
+# rows of a path that every GPU's shared memory (99 KB) holds at once, 16 bytes of each
+# (csrc/cache.cu)
+_COMPACT_ROWS = 6336
 
 Layers: TypeAlias = torch.Tensor | PointerTable | Sequence[torch.Tensor]
 
@@ -119,8 +122,9 @@ def stage_(
         _check_pair(op, undo)
         undo_k, _ = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink, tokens)
         undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
-    run = _choose(op, k[0], implementation)
-    run(k, v, new_k, new_v, lengths, batch_idx, undo_k, undo_v, sink)
+    check = functools.partial(_check_layers, k_cache, v_cache, key, value, *(undo or ()))
+    given = (k, v, new_k, new_v, lengths, batch_idx, undo_k, undo_v, sink)
+    _run(op, k[0], implementation, check, *given)
 
 
 def commit_(
@@ -157,7 +161,7 @@ def rollback_(
     v_cache: Layers,
     lengths: torch.Tensor,
     accept: torch.Tensor,
-    undo: tuple[Layers, Layers],
+    undo: tuple[Layers, Layers] | None,
     *,
     sink: int = 0,
     batch_idx: torch.Tensor | None = None,
@@ -172,21 +176,27 @@ def rollback_(
     Arguments:
         k_cache, v_cache, lengths, sink, batch_idx: as for the `stage_` that filled `undo`.
         accept: `[b]` bool.
-        undo: (undo_k, undo_v), each `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer.
+        undo: (undo_k, undo_v), each `[layers, b, T, H, D]` or one `[b, T, H, D]` per layer. None:
+            `stage_` kept none, and nothing is restored: what is not committed is never read.
 
     Raises: ValueError (shape, value), TypeError (dtype), NotImplementedError (hardware).
     Mutates: k_cache, v_cache.
     Cost: reads and writes the rows of the rejected sequences once; nothing for the accepted ones.
+        Without undo nothing is launched.
     """
     op = "rollback_"
     k, v, sizes = _caches(op, k_cache, v_cache, sink)
     b = _check_lengths(op, lengths, batch_idx, k[0], sizes[1])
     _check_accept(op, accept, b, lengths)
+    if undo is None:
+        _choose(op, k[0], implementation)
+        return
     _check_pair(op, undo)
     undo_k, tokens = _rows(op, "undo[0]", undo[0], k[0], sizes, b, sink)
     undo_v, _ = _rows(op, "undo[1]", undo[1], k[0], sizes, b, sink, tokens)
-    run = _choose(op, k[0], implementation)
-    run(k, v, lengths, accept, undo_k, undo_v, batch_idx, sink)
+    check = functools.partial(_check_layers, k_cache, v_cache, *undo)
+    given = (k, v, lengths, accept, undo_k, undo_v, batch_idx, sink)
+    _run(op, k[0], implementation, check, *given)
 
 
 def compact_(
@@ -232,7 +242,9 @@ def compact_(
         raise _value(op, "path", rule, path.shape[1])
     if path.device != lengths.device:
         raise _value(op, "path", f"be on {lengths.device}", path.device)
-    _choose(op, k[0], implementation)(k, v, lengths, path, batch_idx, sink)
+    check = functools.partial(_check_layers, k_cache, v_cache)
+    given = (k, v, lengths, path, batch_idx, sink)
+    _run(op, k[0], implementation, check, *given)
 
 
 def select_(
@@ -262,27 +274,9 @@ def select_(
     _check_accept(op, accept, len(accept), accept)
     if len(draft) != len(other):
         raise _value(op, "other", f"hold {len(draft)} tensors as draft", len(other))
-    for n, pair in enumerate(zip(draft, other, strict=True)):
-        for name, tensor in zip(("draft", "other"), pair, strict=True):
-            argument = f"{name}[{n}]"
-            if tensor.dim() == 0 or tensor.shape[0] != len(accept):
-                raise _value(op, argument, f"be [B, ...] with B = {len(accept)}", shape_of(tensor))
-            if tensor.shape != pair[0].shape:
-                rule = f"have the shape of draft[{n}], {shape_of(pair[0])}"
-                raise _value(op, argument, rule, shape_of(tensor))
-            if tensor.dtype is not pair[0].dtype:
-                raise _type(op, argument, f"be {pair[0].dtype} as draft[{n}]", tensor.dtype)
-            if tensor.device != accept.device:
-                raise _value(op, argument, f"be on {accept.device} as accept", tensor.device)
-            if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
-                got, remedy = f"strides {list(tensor.stride())}", "make it with .contiguous()"
-                raise _value(op, argument, "have contiguous rows", got, remedy)
-        kept = pair[0]
-        if len(accept) > 1 and kept.numel() and kept.stride(0) < kept[0].numel():
-            got, remedy = f"strides {list(kept.stride())}", "make it with .contiguous()"
-            raise _value(op, f"draft[{n}]", "have rows that do not overlap", got, remedy)
     if draft:
-        _choose(op, accept, implementation)(accept, list(draft), list(other))
+        check = functools.partial(_check_select, accept, draft, other)
+        _run(op, accept, implementation, check, accept, list(draft), list(other))
 
 
 def implementations() -> dict[str, str]:
@@ -316,6 +310,60 @@ def _choose(op: str, tensor: torch.Tensor, implementation: str | None) -> Callab
     return getattr(getattr(torch.ops, namespace), op)
 
 
+def _run(
+    op: str,
+    tensor: torch.Tensor,
+    implementation: str | None,
+    check: Callable[[], None],
+    *arguments: object,
+) -> None:
+    """Run `op`; `check` is of the tensors of lists, and the extension has it done in less time."""
+    run = _choose(op, tensor, implementation)
+    if run is getattr(reference, op) or _ops.load_extension()[0] is None:
+        check()
+        run(*arguments)
+        return
+    try:
+        run(*arguments)
+    except RuntimeError:
+        # its sentence does not say which tensor differs, nor how
+        check()
+        raise
+
+
+def _check_layers(*lists: Layers) -> None:
+    """Raise unless the layers of each list are alike."""
+    for layers in lists:
+        if not isinstance(layers, torch.Tensor | PointerTable):
+            PointerTable(layers)
+
+
+def _check_select(
+    accept: torch.Tensor, draft: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+) -> None:
+    """Raise unless draft and other are alike, with contiguous rows that do not overlap."""
+    op = "select_"
+    for n, pair in enumerate(zip(draft, other, strict=True)):
+        for name, tensor in zip(("draft", "other"), pair, strict=True):
+            argument = f"{name}[{n}]"
+            if tensor.dim() == 0 or tensor.shape[0] != len(accept):
+                raise _value(op, argument, f"be [B, ...] with B = {len(accept)}", shape_of(tensor))
+            if tensor.shape != pair[0].shape:
+                rule = f"have the shape of draft[{n}], {shape_of(pair[0])}"
+                raise _value(op, argument, rule, shape_of(tensor))
+            if tensor.dtype is not pair[0].dtype:
+                raise _type(op, argument, f"be {pair[0].dtype} as draft[{n}]", tensor.dtype)
+            if tensor.device != accept.device:
+                raise _value(op, argument, f"be on {accept.device} as accept", tensor.device)
+            if not (tensor.is_contiguous() or tensor[:1].is_contiguous()):
+                got, remedy = f"strides {list(tensor.stride())}", "make it with .contiguous()"
+                raise _value(op, argument, "have contiguous rows", got, remedy)
+        kept = pair[0]
+        if len(accept) > 1 and kept.numel() and kept.stride(0) < kept[0].numel():
+            got, remedy = f"strides {list(kept.stride())}", "make it with .contiguous()"
+            raise _value(op, f"draft[{n}]", "have rows that do not overlap", got, remedy)
+
+
 # the checks build a message only when it is raised: an engine calls stage_ once per layer and step
 
 
@@ -328,14 +376,21 @@ def _type(op: str, argument: str, rule: str, got: object) -> TypeError:
 
 
 def _layers(op: str, name: str, layers: Layers) -> tuple[list[torch.Tensor], tuple[int, ...]]:
-    """Return the tensors, one of 5 dimensions or one of 4 per layer, and `[layers, B, T, H, D]`."""
+    """Return the tensors, one of 5 dimensions or one of 4 per layer, and `[layers, B, T, H, D]`.
+
+    Of a list only the first layer is looked at.
+    """
     if isinstance(layers, torch.Tensor):
         tensors, sizes = [layers], layers.shape
         if len(sizes) != 5:
             raise _value(op, name, "be [layers, B, T, H, D]", list(sizes))
+    elif isinstance(layers, PointerTable):
+        tensors, sizes = layers.tensors, (len(layers.tensors), *layers.shape)
     else:
-        table = layers if isinstance(layers, PointerTable) else PointerTable(layers)
-        tensors, sizes = table.tensors, (len(table.tensors), *table.shape)
+        tensors = list(layers)
+        if not tensors or tensors[0].dim() != 4:
+            PointerTable(tensors)
+        sizes = (len(tensors), *tensors[0].shape)
     heads, width = sizes[3], sizes[4]
     stride = tensors[0].stride()
     if (width != 1 and stride[-1] != 1) or (heads != 1 and stride[-2] != width):

@@ -86,8 +86,10 @@ def compact_(
     if path.is_cpu and path.numel() and (most := int(path.max())) >= size:
         rule = f"stay within the ring, below S - sink = {size}"
         raise ValueError(f"compact_: path must {rule}, got {most}")
-    batch, target = _where(k_cache, lengths, batch_idx, path.shape[1], sink)
     valid = path >= 0
+    if path.is_cpu and (valid[:, 1:] & ~valid[:, :-1]).any():
+        raise ValueError(f"compact_: path must have -1 at its end only, got {path.tolist()}")
+    batch, target = _where(k_cache, lengths, batch_idx, path.shape[1], sink)
     source = slots_of(lengths[batch] + path.clamp(min=0), sink, k_cache[0].shape[-3])
     for caches in (k_cache, v_cache):
         for (cache,) in _by_layer(caches):

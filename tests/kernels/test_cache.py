@@ -250,19 +250,31 @@ def test_compact_moves_the_path_together_whatever_overlaps(
     assert world.lengths.tolist() == lengths
 
 
-def test_compact_holds_a_path_as_long_as_shared_memory(lane: Lane) -> None:
-    case = Case(1, 1, 3500, 0, 3072, 1, 3, torch.int32)
+# one column of 4 bytes; the longest path, whose blocks hold one column of 16 bytes; two columns
+@pytest.mark.parametrize(("length", "width"), [(3072, 3), (6336, 8), (1500, 20)])
+def test_compact_holds_long_paths_in_shared_memory(lane: Lane, length: int, width: int) -> None:
+    case = Case(1, 1, length + 100, 0, length, 1, width, torch.int32)
     world = World(case, lane)
-    path = torch.randperm(3500, dtype=torch.int32)[None, :3072]
+    path = torch.randperm(length + 100, dtype=torch.int32)[None, :length]
     start = world.starts[0]
     source = [slot(start + offset, case) for offset in path[0].tolist()]
-    target = [slot(start + i, case) for i in range(3072)]
+    target = [slot(start + i, case) for i in range(length)]
     expected = world.k.clone()
     expected[:, :, target] = world.k[:, :, source]
     sdvg_kernels.compact_(
         world.k, world.v, world.lengths, path.to(lane.device), **world.arguments()
     )
     assert_same_bits(world.k, expected)
+    assert world.lengths.tolist() == [start + length]
+
+
+def test_rollback_without_undo_changes_nothing(lane: Lane) -> None:
+    world = World(CASES[2], lane)
+    world.stage(undo=False)
+    staged = world.k.clone(), world.v.clone(), world.lengths.clone()
+    sdvg_kernels.rollback_(world.k, world.v, world.lengths, world.accept, None, **world.arguments())
+    for tensor, before in zip((world.k, world.v, world.lengths), staged, strict=True):
+        assert_same_bits(tensor, before)
 
 
 def test_select_takes_the_other_rows_where_not_accepted(lane: Lane) -> None:
@@ -491,9 +503,53 @@ def test_broken_preconditions_stop_the_host_lane() -> None:
         world.stage()
 
 
+def test_a_path_with_a_hole_is_an_error() -> None:
+    world = World(CASES[3], Lane("reference", "cpu"))
+    path = torch.tensor([[0, 1, 2, 3], [1, -1, 2, -1], [-1, -1, -1, -1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="compact_: path must have -1 at its end only, got"):
+        sdvg_kernels.compact_(world.k, world.v, world.lengths, path, **world.arguments())
+    if host_lane_missing():
+        pytest.skip(host_lane_missing())
+    world = World(CASES[3], Lane("host", "cpu"))
+    with pytest.raises(RuntimeError, match="path must have -1 at its end only"):
+        sdvg_kernels.compact_(world.k, world.v, world.lengths, path, **world.arguments())
+
+
+LIKE = torch.zeros(2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "host"])
+@pytest.mark.parametrize(
+    ("layer", "error", "text"),
+    [
+        (torch.zeros(2, 3, 4, 6), ValueError, "must have shape [2, 3, 4, 5] and strides"),
+        (torch.zeros(3, 2, 4, 5).transpose(0, 1), ValueError, "and strides [60, 20, 5, 1], got"),
+        (LIKE.to(torch.int32), TypeError, "must be torch.float32, got torch.int32"),
+        (LIKE.to("meta"), ValueError, "must be on cpu, got meta"),
+        (LIKE[0], ValueError, "must have shape [2, 3, 4, 5] and strides"),
+    ],
+)
+def test_a_layer_of_a_list_that_differs_gets_one_sentence_in_every_lane(
+    implementation: str, layer: torch.Tensor, error: type[Exception], text: str
+) -> None:
+    if implementation == "host" and (missing := host_lane_missing()):
+        pytest.skip(missing)
+    if implementation == "host" and layer.is_meta:
+        pytest.skip("torch runs the fake for a list with a meta tensor")
+    caches = [[LIKE.clone() for _ in range(3)] for _ in range(2)]
+    caches[1][2] = layer
+    rows = torch.zeros(3, 2, 1, 4, 5)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(error, match=re.escape("PointerTable: tensors[2] must")) as caught:
+        sdvg_kernels.stage_(*caches, rows, rows, lengths, implementation=implementation)
+    assert text in str(caught.value)
+    assert not caches[0][0].any()
+
+
 i32 = torch.int32
 
 
+@pytest.mark.parametrize("implementation", [None, "host"])
 @pytest.mark.parametrize(
     ("op", "change", "error", "sentence"),
     [
@@ -650,11 +706,30 @@ i32 = torch.int32
             "select_: draft[0] must have contiguous rows, got strides [8, 2]; make it with"
             " .contiguous()",
         ),
+        (
+            "select_",
+            {"draft": [torch.zeros(3, 4).double()]},
+            TypeError,
+            "select_: other[0] must be torch.float64 as draft[0], got torch.float32",
+        ),
+        (
+            "select_",
+            {"draft": [torch.zeros(1, 4).expand(3, 4)]},
+            ValueError,
+            "select_: draft[0] must have rows that do not overlap, got strides [0, 1]; make it with"
+            " .contiguous()",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(
-    op: str, change: dict[str, object], error: type[Exception], sentence: str
+    op: str,
+    change: dict[str, object],
+    error: type[Exception],
+    sentence: str,
+    implementation: str | None,
 ) -> None:
+    if implementation and host_lane_missing():
+        pytest.skip(host_lane_missing())
     good: dict[str, object] = {
         "k_cache": torch.zeros(2, 3, 8, 2, 4),
         "v_cache": torch.zeros(2, 3, 8, 2, 4),
@@ -676,6 +751,7 @@ def test_bad_input_gets_one_sentence(
     }
     arguments = {name: good[name] for name in names[op]}
     function = getattr(sdvg_kernels, op)
+    arguments["implementation"] = implementation
     function(**arguments)
     with pytest.raises(error) as caught:
         function(**{**arguments, **change})
