@@ -53,20 +53,9 @@ def block_causal_attention(
             used = max(max(lengths), 1)
             k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
 
-    # logical token of each slot: [B, 1, S]; a slot never written gets a token that no row sees
-    slot = torch.arange(k_cache.shape[1], device=query.device)
-    length = cache_seqlens.long()[:, None, None]
-    turns = ((length - 1 - slot).div(ring, rounding_mode="floor")).clamp(min=0)
-    token = torch.where(slot < sink, slot, slot + turns * ring)
-    # first token and end of each row's own block: [B, T, 1]
-    row = torch.arange(rows, device=query.device)[:, None]
-    begin = length - rows + row // block_size * block_size
-    end = torch.minimum(length, begin + block_size)
-    # [B, T, S]
-    sees = (token < end) & (length - rows + row >= 0)
-    if window is not None:
-        sees &= (token < sink) | (token >= end - window)
-
+    token, begin, sees = seen_slots(
+        cache_seqlens, rows, k_cache.shape[1], ring, block_size, sink, window
+    )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     # 0 x NaN is NaN: the values that no row sees are zeroed, not only their weights
     value = v_cache.to(dtype).masked_fill(~sees.any(1)[:, :, None, None], 0)
@@ -92,6 +81,35 @@ def block_causal_attention(
         if return_lse:
             lse[..., part] = logits.logsumexp(-1).flatten(1, 2)
     return out, lse
+
+
+def seen_slots(
+    cache_seqlens: torch.Tensor,
+    rows: int,
+    slots: int,
+    ring: int,
+    block_size: int,
+    sink: int,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each slot's token [B, 1, S], each row's block's first [B, T, 1], who sees [B, T, S].
+
+    `ring` is how many slots the ring has; `slots`, the first ones of the cache, may be fewer.
+    """
+    device = cache_seqlens.device
+    # a slot never written gets a token that no row sees
+    slot = torch.arange(slots, device=device)
+    length = cache_seqlens.long()[:, None, None]
+    turns = ((length - 1 - slot).div(ring, rounding_mode="floor")).clamp(min=0)
+    token = torch.where(slot < sink, slot, slot + turns * ring)
+    # first token and end of each row's own block: [B, T, 1]
+    row = torch.arange(rows, device=device)[:, None]
+    begin = length - rows + row // block_size * block_size
+    end = torch.minimum(length, begin + block_size)
+    sees = (token < end) & (length - rows + row >= 0)
+    if window is not None:
+        sees &= (token < sink) | (token >= end - window)
+    return token, begin, sees
 
 
 def _unmasked(
