@@ -436,13 +436,14 @@ def main(arguments: list[str] | None = None) -> None:
         common = {"steps": options.steps or STEPS[stage], "resume": options.resume}
         if stage == "tokenizer":
             vq = train_tokenizer(options.runs, **common)
-            vq.to(torch.float16).save_pretrained(options.out / "vq")
+            vq.half().save_pretrained(options.out / "vq")
         else:
             model = train_model(load_vq(options.out), options.runs, **common)
-            model.to(torch.float16).save_pretrained(options.out / "model")
+            model.half().save_pretrained(options.out / "model")
         log = options.out / "training"
         log.mkdir(exist_ok=True)
-        shutil.copy(options.runs / f"tokens-{stage}.csv", log)
+        for path in options.runs.glob(f"tokens-{stage}.csv"):
+            shutil.copy(path, log / path.name)
 
 
 if __name__ == "__main__":
