@@ -22,11 +22,13 @@ where a tile does little arithmetic.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from sdvg_kernels._budget import Budget
+from sdvg_kernels import _tuned
+from sdvg_kernels._budget import SHARED_LIMIT, Budget
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,61 @@ def combine(rows: int, dim: int, num_splits: int) -> Combine:
 
 
 def choose(
-    capability: tuple[int, int] | None, dim: int, dtype: torch.dtype, rows: int, biased: bool
+    capability: tuple[int, int] | None,
+    dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    biased: bool,
+    gpu: str | None = None,
 ) -> Launch:
-    """Return the launch for a GPU of `capability` (None: the interpreter) and a query of `rows`."""
+    """Return the launch for a GPU of `capability` (None: the interpreter) and a query of `rows`.
+
+    `gpu` is its name, where what was measured on it counts (_tuned.py).
+    """
     if capability is None:
         return INTERPRETED
     arch = {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _AMPERE)
-    table = LAUNCHES[arch, dim, dtype == torch.float32]
-    launch = next(launch for most, launch in table if most is None or rows <= most)
-    return BIASED if biased and launch.BT == launch.BS == 128 else launch
+    is_float32 = dtype == torch.float32
+    table = LAUNCHES[arch, dim, is_float32]
+    most, launch = next(entry for entry in table if entry[0] is None or rows <= entry[0])
+    if biased and launch.BT == launch.BS == 128:
+        return BIASED
+    # what was measured without a bias may spill with one
+    if biased or gpu is None:
+        return launch
+    choices = functools.partial(candidates, arch, dim, is_float32, most)
+    return _tuned.choose(OP, key(dim, is_float32, most), gpu, launch, choices)
+
+
+OP = "attention"
+
+
+def key(dim: int, is_float32: bool, most: int | None) -> str:
+    """Return the name of a choice: queries of at most `most` rows, or of more."""
+    return f"D{dim} {'float32' if is_float32 else 'half'} {'long' if most is None else f'T{most}'}"
+
+
+def candidates(arch: int, dim: int, is_float32: bool, most: int | None) -> tuple[Launch, ...]:
+    """Return the launches that autotune measures, the default first."""
+    default = next(launch for rows, launch in LAUNCHES[arch, dim, is_float32] if rows == most)
+    why = "measured by sdvg_kernels.autotune"
+    if is_float32:
+        tried = [Launch(16, 16, 4, 2, 2, why), Launch(32, 16, 4, 2, 2, why)]
+        tried += [Launch(32, 32, 4, 2, 2, why), Launch(32, 32, 8, 2, 2, why)]
+    elif most is None:
+        tried = [Launch(128, 64, 8, stages, 2, why) for stages in (2, 3)]
+        tried += [Launch(128, 128, 8, 2, 1, why), Launch(64, 64, 4, 2, 2, why)]
+    else:
+        tried = [
+            Launch(default.BT, keys, 4, stages, 2, why, programs)
+            for keys in (32, 64, 128)
+            for stages in (2, 3, 4)
+            for programs in (1, 2, 3)
+            # K and V of all programs on a multiprocessor
+            if (stages - 1) * programs * keys * dim * 4 <= SHARED_LIMIT[arch]
+        ]
+    known = _tuned.numbers(default)
+    return (default, *(launch for launch in tried if _tuned.numbers(launch) != known))
 
 
 def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
@@ -182,3 +230,43 @@ def budget(arch: int, launch: Launch, dtype: torch.dtype) -> Budget:
 
 
 COMBINE_BUDGET = Budget(registers=128)
+
+
+@dataclass(frozen=True)
+class HopperLaunch:
+    """Keys of a unit, stages of K and of V, and the registers that setmaxnreg gives the roles."""
+
+    BN: int
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    reason: str
+
+
+# three warpgroups start with 168 registers a thread: what the partitions set adds up to 3 x 168
+HOPPER_MAXNREG = 168
+# head dim -> launch, for H100 and H200 alike: they differ in memory, not in the multiprocessor
+HOPPER: dict[int, HopperLaunch] = {
+    128: HopperLaunch(
+        128,
+        2,
+        232,
+        40,
+        "128 keys: 64 would double the turns and barriers a key. 2 stages take 193 KB with the "
+        "output's; a unit is 2048 cycles of wgmma, a copy of 32 KB with its latency under half of "
+        "that. Not measured.",
+    ),
+    64: HopperLaunch(
+        128, 4, 232, 40, "a unit is half as long and half as large: twice the stages. Not measured."
+    ),
+}
+
+
+def hopper_budget(launch: HopperLaunch) -> Budget:
+    """Return what the Hopper kernel may cost: no spills; products in flight beside the softmax."""
+    return Budget(
+        registers=HOPPER_MAXNREG,
+        matrix="HGMMA",
+        overlapped=True,
+        setmaxnreg=(launch.consumer_registers, launch.producer_registers),
+    )

@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
 from sdvg_kernels.attention import config
@@ -495,7 +496,12 @@ def block_causal_attention(
     group = heads // heads_cached
     pack = group if rows * group <= config.MOST_PACKED else 1
     launch = config.choose(
-        _capability(query.device), dim, query.dtype, rows * pack, bias is not None
+        _capability(query.device),
+        dim,
+        query.dtype,
+        rows * pack,
+        bias is not None,
+        _tuned.gpu_name(query.device),
     )
     # offsets within a tile are 32 bits wide
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
