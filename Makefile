@@ -51,7 +51,7 @@ lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cu %.cuh %.h %.cpp,$(CSRC))
 
 # kernels must compile with the Triton of the newest torch and with the one before it
-$(OTHER_TRITON)/.installed: $(INSTALLED)
+$(OTHER_TRITON)/.installed: | $(INSTALLED)
 	rm -rf $(OTHER_TRITON)
 	$(PY) -m pip install -q --no-deps --target $(OTHER_TRITON) triton==3.6.0
 	@touch $@
