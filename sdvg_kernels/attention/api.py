@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
 from typing import NamedTuple
@@ -10,7 +11,13 @@ from typing import NamedTuple
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
+from sdvg_kernels._check import (
+    message,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
 from sdvg_kernels.attention import reference
 
 HEAD_DIMS = (64, 128)
@@ -81,11 +88,14 @@ def block_causal_attention(
         cache_batch_idx: [B] int32, the cache row of each sequence; None: row b, and `Bc == B`.
         softmax_scale: factor on the logits; None: `D ** -0.5`.
         key_bias: a log-bias on a range of keys.
-        num_splits: parts of the keys, a program each; None: by the shapes. For Triton only.
+        num_splits: parts of the keys, a program each; None: by the shapes. For Triton only: the
+            Hopper kernel balances its programs itself.
         out: [B, T, H, D] of query's dtype, written in place; contiguous in the last dim.
         return_lse: also return the log-sum-exp of the logits.
-        implementation: "triton" or "reference"; one that is asked for never falls back. None:
-            Triton on CUDA for head dim 64 and 128, else the reference, and a warning is logged.
+        implementation: "triton", "hopper" or "reference"; one that is asked for never falls back.
+            None: Triton on CUDA for head dim 64 and 128, else the reference, and a warning is
+            logged. "hopper" is for sm_90, bfloat16 and float16, strides of 16 bytes; an `out`
+            that is not so aligned costs a copy.
 
     Returns:
         out [B, T, H, D], contiguous; with `return_lse`, also lse [B, H, T] float32, natural log.
@@ -117,6 +127,9 @@ def block_causal_attention(
     if implementation is None and (reason := next(iter(available.values()))):
         _warn_once(device, reason)
     where = f"{device} tensors of head dim {dim} and {query.dtype}"
+    chosen = require_implementation(_OP, implementation, available, where)
+    if chosen == "hopper":
+        _check_hopper(query, k_cache, v_cache, num_splits)
     arguments = (
         query,
         k_cache,
@@ -132,7 +145,7 @@ def block_causal_attention(
         bias_stop,
         num_splits,
         return_lse,
-        require_implementation(_OP, implementation, available, where),
+        chosen,
     )
     if out is None:
         out, lse = torch.ops.sdvg_kernels.block_causal_attention(*arguments)
@@ -194,6 +207,20 @@ def _check_tensors(
         _value(dense, "out", "be contiguous in the last dim", strides)
 
 
+def _check_hopper(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_splits: int | None
+) -> None:
+    """Raise unless the Hopper kernel can take what is otherwise good."""
+    from sdvg_kernels.attention import descriptor
+
+    _value(
+        num_splits is None, "num_splits", "be None for hopper, which splits as needed", num_splits
+    )
+    if reason := descriptor.missing(query, k_cache, v_cache):
+        rule = "run on tensors that TMA can copy"
+        raise NotImplementedError(message(_OP, "implementation", rule, "'hopper'", reason))
+
+
 @functools.cache
 def _available(device: str, dim: int, dtype: torch.dtype) -> dict[str, str]:
     """Return implementation -> "" or why it cannot run on such tensors, by preference."""
@@ -202,10 +229,23 @@ def _available(device: str, dim: int, dtype: torch.dtype) -> dict[str, str]:
         reason = f"the Triton kernel has head dim {' and '.join(map(str, HEAD_DIMS))}"
     if not reason and dtype not in DTYPES:
         reason = f"the Triton kernel has no {dtype}"
+    hopper = reason or _hopper_reason(device, dtype)
     if device == "cpu":
         # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+        return {"reference": "", "triton": reason, "hopper": hopper}
+    # Triton before Hopper until the Hopper kernel has passed its tests on a GPU
+    return {"triton": reason, "hopper": hopper, "reference": ""}
+
+
+def _hopper_reason(device: str, dtype: torch.dtype) -> str:
+    """Return "" or why the Hopper kernel cannot run where Triton can."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return "it needs a Hopper GPU (sm_90)"
+    if (capability := torch.cuda.get_device_capability())[0] != 9:
+        return f"it needs sm_90, this GPU is sm_{capability[0]}{capability[1]}"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this Triton has no Gluon"
+    return "" if dtype in (torch.bfloat16, torch.float16) else f"the Hopper kernel has no {dtype}"
 
 
 @functools.cache
@@ -217,7 +257,8 @@ def implementations() -> dict[str, str]:
     """Return implementation -> "" or why it is not available here, by preference."""
     if torch.cuda.is_available():
         return dict(_available("cuda", HEAD_DIMS[0], torch.bfloat16))
-    return {"triton": "no CUDA device is available", "reference": ""}
+    missing = "no CUDA device is available"
+    return {"triton": missing, "hopper": missing, "reference": ""}
 
 
 def _run(
@@ -255,6 +296,12 @@ def _run(
             query, k_cache, v_cache, cache_seqlens, **options
         )
         return (result if out is None else out.copy_(result)), lse
+    if implementation == "hopper":
+        from sdvg_kernels.attention import hopper
+
+        return hopper.block_causal_attention(
+            query, k_cache, v_cache, cache_seqlens, **options, out=out
+        )
     from sdvg_kernels.attention import kernel
 
     return kernel.block_causal_attention(

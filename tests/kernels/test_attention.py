@@ -570,9 +570,9 @@ _GOOD = {"query": _QUERY, "k_cache": _CACHE, "v_cache": _CACHE, "cache_seqlens":
         ({"out": _QUERY[:, :2]}, ValueError, "out must have query's shape, got [2, 2, 4, 64]"),
         ({"out": _QUERY.half()}, TypeError, "out must have query's dtype, got torch.float16"),
         (
-            {"implementation": "hopper"},
+            {"implementation": "cudnn"},
             ValueError,
-            "implementation must be one of 'reference', 'triton', got 'hopper'",
+            "implementation must be one of 'reference', 'triton', 'hopper', got 'cudnn'",
         ),
     ],
 )
