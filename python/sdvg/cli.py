@@ -56,6 +56,7 @@ def generate(args: argparse.Namespace) -> int:
     from sdvg.models import embedded
 
     router, schedule, commit = _router(args), preset(args.schedule), _commit(args.commit)
+    args.drafter_cache = args.drafter_cache or ("own" if args.run_ahead else "synced")
     paths = _paths(args.out, len(args.prompt))
     with Aside() as aside, _Interrupts() as interrupts:
         recordings = [
@@ -124,6 +125,7 @@ def sweep(args: argparse.Namespace) -> int:
     grids = QUICK if args.quick else (THRESHOLDS, MEAN_THRESHOLDS, PROBABILITIES)
     asked = (args.thresholds, args.mean_thresholds, args.accept)
     lines = methods(*(grid if own is None else own for own, grid in zip(asked, grids, strict=True)))
+    args.drafter_cache = args.drafter_cache or "synced"
     count = (8 if args.quick else 100) if args.prompts is None else args.prompts
     options = {
         "schedule": preset(args.schedule), "commit": _commit(args.commit),
@@ -349,7 +351,9 @@ def parser() -> argparse.ArgumentParser:
     add("--commit", default="lazy", help="lazy, eager or recompute:FRAMES")
     add("--drafter-timesteps", type=float, nargs="+", metavar="T",
         help="the drafter's steps, falling within (0, 1000]; default: the schedule's")  # fmt: skip
-    add("--drafter-cache", default="own", help="own (its own drafts) or synced (the final blocks)")
+    add("--drafter-cache", metavar="own | synced",
+        help="what drafts go on from: synced, the final blocks (default), or own, the drafter's "
+        "own, as in the paper (default with --run-ahead, which needs it)")  # fmt: skip
     add("--blocks", type=int, default=9)
     add("--seed", type=int, default=0)
     # the embedded models are too small for more, and threads that wait for each other slow them

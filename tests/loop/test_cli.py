@@ -85,7 +85,7 @@ def test_generate_writes_video_sheet_and_report(
     assert outputs(tmp_path) == ["a.json", "a.mp4", "a.png"]
     assert frames_in(tmp_path / "a.mp4") == 9 + 3 * 12
     report = json.loads((tmp_path / "a.json").read_text())
-    loop = SDVG(pair.drafter, pair.target, pair.decoder, pair.scorer, Reward(TAU))
+    loop = SDVG(*pair, Reward(TAU), drafter_cache="synced")
     video = loop.generate([PROMPT], num_blocks=4, seed=5)
     verdicts = [block.verdicts[0] for block in video]
     got = [(b["accepted"], b["score"], b["reason"]) for b in report["blocks"]]
@@ -132,7 +132,8 @@ def test_drafter_timesteps_are_the_drafters_alone(pair: Pair) -> None:
             return whole(*args, **rest)
 
         model.denoise = record
-    assert generate("--blocks", "1", "--drafter-timesteps", "1000", "800") == 0
+    options = ("--blocks", "2", "--router", "always", "--drafter-timesteps", "1000", "800")
+    assert generate(*options) == 0
     assert taken["drafter"] == [1000.0, 800.0]
     assert [round(step, 1) for step in taken["target"]] == [1000.0, 937.5, 833.3, 625.0]
 
