@@ -18,8 +18,10 @@ from sdvg_kernels import (
     block_causal_attention,
     commit_,
     compact_,
+    gated_residual_layer_norm,
     norm_rope,
     norm_rope_stage_,
+    preprocess_frames,
     rollback_,
     rope_table,
     route_blocks,
@@ -216,6 +218,10 @@ def main() -> int:
                 )
             what = f"norm_rope_stage_ {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_rope, lane, dtype)
+            what = f"gated_residual_layer_norm {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _check_modulation, lane, dtype)
+            what = f"preprocess_frames {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
@@ -302,6 +308,41 @@ def _check_rope(lane: Lane, dtype: torch.dtype) -> None:
     for name, cache in zip("KV", caches, strict=True):
         cache[:, slot] = torch.nan
         assert cache.isnan().all(), f"{name}: another slot was written"
+
+
+def _check_modulation(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that a gated residual and its modulated norm are within their budgets."""
+    random = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 9, 640, generator=random).to(lane.device, dtype) for _ in range(2))
+    rows = torch.randn(2, 3, 6, 640, generator=random).to(lane.device)
+    table = torch.randn(6, 640, generator=random).to(lane.device)
+    residual, normed = gated_residual_layer_norm(
+        x, y, *((rows[:, :, i], table[i]) for i in range(3)), implementation=lane.implementation
+    )
+
+    def plain(wide: torch.dtype, rounded: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        each = (rows.to(wide) + table.to(wide)).repeat_interleave(3, 1)
+        gate, shift, scale = each[:, :, :3].unbind(2)
+        summed = (x.to(wide) + y.to(wide) * gate).to(rounded)
+        # the norm is of the residual as it was stored
+        norm = F.layer_norm(residual.to(wide), (640,), eps=1e-6) * (1 + scale) + shift
+        return summed, norm.to(rounded)
+
+    names = ("residual", "norm")
+    exact = plain(torch.float64, torch.float64)
+    for name, *values in zip(
+        names, (residual, normed), plain(torch.float32, dtype), exact, strict=True
+    ):
+        assert_within_budget(*values, name)
+
+
+def _check_frames(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that frames become, bit for bit, what the reference makes of them on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    video = torch.randn(1, 3, 2, 50, 83, generator=random).to(dtype)
+    out = preprocess_frames(video.to(lane.device), 35, implementation=lane.implementation)
+    same = torch.equal(out.cpu(), preprocess_frames(video, 35, implementation="reference"))
+    assert same, "the levels are not the reference's"
 
 
 def _check_routing(lane: Lane) -> None:
