@@ -44,5 +44,6 @@ def choose(width: int, tokens: int) -> Launch:
     return Launch(1, launch.BC, launch.num_warps, "a frame has fewer tokens than a tile")
 
 
-# 2 programs of 4 warps would still be resident beside the one that waits
-BUDGET = Budget(registers=168)
+def budget(wide: int) -> Budget:
+    """Return what the kernel may cost: no spills, three programs of 4 warps; all of it `wide`."""
+    return Budget(registers=168, wide=wide)

@@ -258,6 +258,10 @@ def compilations(arch: int) -> Iterator[Compilation]:
         types = dict.fromkeys((*gate, *modulation, *affine), "*fp32")
         types |= {"x": f"*{dtype}", "residual": f"*{dtype}", "y": "*bf16", "normed": "*bf16"}
         types |= dict.fromkeys((*strides, "T", "F", "tiles"), "i32") | {"eps": "fp32"}
+        # a thread has 8 channels of a part: 16 bytes of bf16, twice 16 of float32
+        rows = [types[name] for name in ("x", "y", "residual", "normed") if name in ("x", *ops[op])]
+        vectors = [name for name in ops[op] if name in (*gate, *modulation, *affine)]
+        wide = sum(2 if kind == "*fp32" else 1 for kind in rows) * launch.BT + 2 * len(vectors)
         unused = dict.fromkeys(name for name in ops["all"] if name not in ops[op])
         yield Compilation(
             kernel=modulation_kernel,
@@ -268,5 +272,5 @@ def compilations(arch: int) -> Iterator[Compilation]:
             divisible=("x", *ops[op], *strides),
             num_warps=launch.num_warps,
             num_stages=3,
-            budget=config.BUDGET,
+            budget=config.budget(width // launch.BC * wide),
         )
