@@ -179,9 +179,7 @@ TARGETS = (
     Target("rope", "85% of the measured copy", _ROPE, _of_copy, least=0.85),
     Target("rope", "10x the eager chain", _ROPE, _against("eager"), least=10),
     Target("modulation", "85% of the measured copy", _MODULATION, _of_copy, least=0.85),
-    Target(
-        "frames", "85% of the measured copy", _ops("preprocess_frames"), _of_copy, least=0.85
-    ),
+    Target("frames", "85% of the measured copy", _ops("preprocess_frames"), _of_copy, least=0.85),
     Target(
         "commit_, rollback_ without undo, 40 layers",
         "under 3 us",
