@@ -46,8 +46,8 @@ _NO_WINDOW = 2**30
 # one compilation serves all sizes; strides stay specialised, loads are as wide as they are aligned
 _SIZES = ("B", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
 _SIZES += ("num_splits",)
-# tickets: launches in flight, and tiles of one that is split; 4 MB a device
-_LAUNCHES, MOST_TILES = 4096, 256
+# tickets of a device, 4 MB: 16 thousand captured launches of 64 tiles; most tiles of a launch
+_TICKET_COUNT, MOST_TILES = 1 << 20, 256
 
 
 @triton.jit
@@ -612,32 +612,36 @@ def _processors(device: torch.device) -> int:
 
 
 class _Tickets:
-    """Counters of one device, zero between launches: a row for each launch that may be in flight.
+    """Counters of one device, zero between launches: a run of them for each that may be in flight.
 
-    Launches on one stream follow each other and share a row. A graph replays on any stream, beside
-    anything: each launch that is captured keeps a row of its own for good.
+    Launches on one stream follow each other and share a run. A graph replays on any stream, beside
+    anything: each launch that is captured keeps a run of its own for good.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._rows = torch.zeros(_LAUNCHES, MOST_TILES, dtype=torch.int32, device=device)
+        self._all = torch.zeros(_TICKET_COUNT, dtype=torch.int32, device=device)
         self._used = 0
-        self._of_stream: dict[int, int] = {}
+        self._of_stream: dict[int, torch.Tensor] = {}
         if device.type == "cuda":
             # once for each device: streams that come later need not wait for the zeros
             zeroed = torch.cuda.Event()
             zeroed.record()
             zeroed.synchronize()
 
-    def take(self, stream: int | None) -> torch.Tensor | None:
-        """Return the row of `stream`, or a new one for a graph (None); None when all are taken."""
-        row = self._used if stream is None else self._of_stream.get(stream, self._used)
-        if row == len(self._rows):
+    def take(self, stream: int | None, tiles: int) -> torch.Tensor | None:
+        """Return the run of `stream`, or a new one for a graph (None); None when all are taken."""
+        if stream in self._of_stream:
+            return self._of_stream[stream]
+        first = self._used
+        # runs keep their pointers' alignment, or Triton would compile again
+        last = first + (MOST_TILES if stream is not None else -(-tiles // 32) * 32)
+        if last > len(self._all):
             return None
-        if row == self._used:
-            self._used += 1
-            if stream is not None:
-                self._of_stream[stream] = row
-        return self._rows[row]
+        self._used = last
+        run = self._all[first:last]
+        if stream is not None:
+            self._of_stream[stream] = run
+        return run
 
 
 _TICKETS: dict[torch.device, _Tickets] = {}
@@ -646,8 +650,8 @@ _TICKETS: dict[torch.device, _Tickets] = {}
 def _tickets(device: torch.device, tiles: int) -> torch.Tensor | None:
     """Return a zero ticket for each of `tiles`, or None: then the parts take a second launch.
 
-    None for more tiles than a row has, after 4095 captured launches of a device, and where the
-    first launch of all is captured: a graph must not own the counters.
+    None for more tiles than a run has, when captured launches hold all runs, and where the first
+    launch of all is captured: a graph must not own the counters.
     """
     if tiles > MOST_TILES:
         return None
@@ -659,7 +663,7 @@ def _tickets(device: torch.device, tiles: int) -> torch.Tensor | None:
         stream = None if capturing else torch.cuda.current_stream(device).cuda_stream
     if device not in _TICKETS:
         _TICKETS[device] = _Tickets(device)
-    return _TICKETS[device].take(stream)
+    return _TICKETS[device].take(stream, tiles)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
