@@ -22,10 +22,14 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 
 
 def planted(module: types.ModuleType, old: str, new: str, times: int = 1) -> types.ModuleType:
-    """Return a module from the source of `module` with `old`, found `times` times, replaced."""
+    """Return a module from the source of `module` with `old`, found `times` times, replaced.
+
+    An empty `old` gives a copy.
+    """
     source = inspect.getsource(module)
-    assert source.count(old) == times, f"{source.count(old)} places, not {times}: {old}"
-    source = source.replace(old, new)
+    if old:
+        assert source.count(old) == times, f"{source.count(old)} places, not {times}: {old}"
+        source = source.replace(old, new)
     name = f"{module.__name__}<{hash((old, new)):x}>"
     # where Triton looks for a kernel's source
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
