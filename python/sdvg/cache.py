@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdvg_kernels import block_causal_attention, commit_, stage_
+from sdvg_kernels import KeyBias, block_causal_attention, commit_, stage_
 
 
 class KVCache:
@@ -74,12 +74,17 @@ class KVCache:
         )  # fmt: skip
 
     def attend(
-        self, layer: int, query: Tensor, cache_seqlens: Tensor, rows: Tensor | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        cache_seqlens: Tensor,
+        rows: Tensor | None = None,
+        key_bias: KeyBias | None = None,
     ) -> Tensor:
         """Block-causal attention of the staged queries `[b, T, H, D]` over `layer`'s cache."""
         return block_causal_attention(
-            query, self.k[layer], self.v[layer], cache_seqlens,
-            block_size=self.block, sink=self.sink, window=self.window, cache_batch_idx=rows,
+            query, self.k[layer], self.v[layer], cache_seqlens, block_size=self.block,
+            sink=self.sink, window=self.window, cache_batch_idx=rows, key_bias=key_bias,
         )  # fmt: skip
 
     def commit(self, tokens: int, rows: Tensor | None = None) -> None:

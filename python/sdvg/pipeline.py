@@ -72,6 +72,7 @@ class SDVGPipeline(DiffusionPipeline):
         sink_frames, window_frames: first latent frames, which are always seen, and how far back a
             block sees beside them, itself included.
         drafter_window_frames: the drafter's own window; None: the same.
+        past_weight: what the target's past keys weigh in the softmax (Krea Realtime: 0.3).
         max_sequence_length: tokens of a prompt; longer ones are cut.
         schedule: denoising steps, a preset's name.
 
@@ -97,6 +98,7 @@ class SDVGPipeline(DiffusionPipeline):
         sink_frames: int = 0,
         window_frames: int = 21,
         drafter_window_frames: int | None = None,
+        past_weight: float = 1.0,
         max_sequence_length: int = 512,
         schedule: str = "self_forcing",
     ) -> None:
@@ -109,8 +111,8 @@ class SDVGPipeline(DiffusionPipeline):
         self.register_to_config(
             scorer=_name_of(scorer), height=height, width=width, frames_per_block=frames_per_block,
             sink_frames=sink_frames, window_frames=window_frames,
-            drafter_window_frames=drafter_window_frames, max_sequence_length=max_sequence_length,
-            schedule=schedule,
+            drafter_window_frames=drafter_window_frames, past_weight=past_weight,
+            max_sequence_length=max_sequence_length, schedule=schedule,
         )  # fmt: skip
         self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
         self._generation: Generation | None = None
@@ -152,6 +154,7 @@ class SDVGPipeline(DiffusionPipeline):
         scorer: Scorer | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        drafter_device: torch.device | str | None = None,
         **sizes: object,
     ) -> SDVGPipeline:
         """Build a pipeline from loose checkpoints: Self-Forcing's, Krea's, LongLive's, Wan's own.
@@ -164,6 +167,8 @@ class SDVGPipeline(DiffusionPipeline):
             drafter_lora, target_lora: low-rank updates, merged.
             scorer: see the class.
             dtype, device: of the models; the autoencoder too.
+            drafter_device: for a drafter on a GPU of its own (with `run_ahead` it then drafts while
+                the target repairs); None: `device`. The scorer runs where it lies.
             sizes: the class's own settings: height, window_frames, ...
 
         Raises:
@@ -171,11 +176,13 @@ class SDVGPipeline(DiffusionPipeline):
         """
 
         def transformer(
-            source: str | Path | WanTransformer3DModel | None, lora: str | Path | None
+            source: str | Path | WanTransformer3DModel | None,
+            lora: str | Path | None,
+            place: torch.device | str,
         ) -> WanTransformer3DModel | None:
             if source is None or isinstance(source, torch.nn.Module):
                 return source
-            return load_transformer(source, lora=lora, dtype=dtype, device=device)
+            return load_transformer(source, lora=lora, dtype=dtype, device=place)
 
         parts = {
             "tokenizer": AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
@@ -184,8 +191,8 @@ class SDVGPipeline(DiffusionPipeline):
             ).to(device),
             "vae": AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=dtype).to(device),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
-            "drafter": transformer(drafter, drafter_lora),
-            "transformer": transformer(target, target_lora),
+            "drafter": transformer(drafter, drafter_lora, drafter_device or device),
+            "transformer": transformer(target, target_lora, device),
         }
         return cls(**parts, scorer=scorer, **sizes)
 
@@ -240,7 +247,7 @@ class SDVGPipeline(DiffusionPipeline):
         given = self._given(image, video, len(prompts), height, width)
         loop = SDVG(
             self._causal("drafter", height, width, self.config.drafter_window_frames),
-            self._causal("transformer", height, width),
+            self._causal("transformer", height, width, past_weight=self.config.past_weight),
             StreamingVAE(self.vae),
             self.scorer,
             Reward(tau) if router is None else router,
@@ -309,7 +316,12 @@ class SDVGPipeline(DiffusionPipeline):
         return hidden * mask[..., None]
 
     def _causal(
-        self, part: str, height: int, width: int, window_frames: int | None = None
+        self,
+        part: str,
+        height: int,
+        width: int,
+        window_frames: int | None = None,
+        past_weight: float = 1.0,
     ) -> CausalWan | None:
         """Return `self.drafter` or `self.transformer` with its cache; the last one, if it fits."""
         transformer = getattr(self, part)
@@ -319,13 +331,15 @@ class SDVGPipeline(DiffusionPipeline):
             step = SPACE * transformer.config.patch_size[1]
             if size % step or size < step:
                 raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
-        device = self._execution_device
+        # an offloaded model runs elsewhere than it lies; others run where the user has put them
+        device = self._execution_device if hasattr(transformer, "_hf_hook") else None
         key = (transformer, height, width, device)
         if part not in self._models or self._models[part][0] != key:
             model = CausalWan(
                 transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
                 frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
-                window_frames=window_frames or self.config.window_frames, device=device,
+                window_frames=window_frames or self.config.window_frames,
+                past_weight=past_weight, device=device,
             )  # fmt: skip
             if self._acceleration is not None:
                 model.accelerate(**self._acceleration)

@@ -50,6 +50,20 @@ def test_accelerated_passes_equal_plain_ones(window: int | None, sink: int) -> N
         assert (fused.cache.k - plain.cache.k).abs().max() < 1e-10
 
 
+def test_the_weight_of_past_keys_reaches_both() -> None:
+    with float64_norms():
+        (plain, fused), (even, _) = both(past_weight=0.3), both()
+        latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:], dtype=torch.float64)
+        weighed = run(plain, latents)
+        for mine, theirs in zip(run(fused, latents), weighed, strict=True):
+            assert (mine - theirs).abs().max() < 1e-10
+        # block 0 has no past
+        assert (weighed[0] - run(even, latents)[0]).abs().max() < 1e-12
+        assert (weighed[-1] - run(even, latents)[-1]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"past_weight must lie in \(0, 1\], got 0"):
+        tiny_wan(seed=3, past_weight=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_lower_precision_it_is_as_near_to_the_exact_result(dtype: torch.dtype) -> None:
     plain, fused = both(dtype)

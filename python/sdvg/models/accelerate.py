@@ -151,7 +151,7 @@ class _FusedSelfAttention:
             query_weight=attn.norm_q.weight, key_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
             sink=cache.sink, cache_batch_idx=running.rows,
         )  # fmt: skip
-        out = cache.attend(self.layer, query, running.seqlens, running.rows)
+        out = cache.attend(self.layer, query, running.seqlens, running.rows, self.model.key_bias)
         return attn.to_out[0](out.flatten(2))
 
 

@@ -8,6 +8,7 @@ projects the prompt once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sdvg.cache import KVCache
 from sdvg.models.accelerate import Graphs, RopeTable, fuse, quantise
+from sdvg_kernels import KeyBias
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -47,6 +49,8 @@ class CausalWan:
         max_frames: without a window, how many latent frames a sequence may have.
         write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes
             several passes.
+        past_weight: what a key after the first frame and before the current block weighs in the
+            softmax, in (0, 1]; Krea Realtime's pipelines take 0.3 against drift.
         device: where it runs; None: where the transformer lies now (an offloaded one lies apart).
 
     Raises:
@@ -65,6 +69,7 @@ class CausalWan:
         window_frames: int | None = None,
         max_frames: int = 21,
         write_blocks: int = 4,
+        past_weight: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         config = transformer.config
@@ -79,6 +84,8 @@ class CausalWan:
                 "wan: transformer must be a text-to-video model, got one with image projections "
                 f"(added_kv_proj_dim={config.added_kv_proj_dim})"
             )
+        if not 0 < past_weight <= 1:
+            raise ValueError(f"wan: past_weight must lie in (0, 1], got {past_weight}")
         self.transformer = transformer.eval().requires_grad_(False)
         self.block_shape = (frames, config.in_channels, height, width)
         self.frame_tokens = (height // patch_height) * (width // patch_width)
@@ -89,6 +96,9 @@ class CausalWan:
         self.receptive_frames = (
             None if window_frames is None else config.num_layers * (window_frames - frames)
         )
+        self.key_bias = None
+        if past_weight < 1:
+            self.key_bias = KeyBias(math.log(past_weight), start=self.frame_tokens)
         self._encode = encode
         self._device = None if device is None else torch.device(device)
         self.cache: KVCache | None = None
@@ -334,7 +344,7 @@ class _SelfAttention:
         value = value.unflatten(2, (attn.heads, -1))
         cache, running = self.model.cache, self.model.running
         cache.stage(self.layer, key, value, running.rows)
-        out = cache.attend(self.layer, query, running.seqlens, running.rows)
+        out = cache.attend(self.layer, query, running.seqlens, running.rows, self.model.key_bias)
         return attn.to_out[0](out.flatten(2))
 
 
