@@ -167,18 +167,17 @@ def test_a_fault_in_the_plan_or_the_mask_is_found(fault: str, random: torch.Gene
 def found_in(
     module: types.ModuleType, fault: str, says: str | None, random: torch.Generator
 ) -> None:
-    """Assert that the fault is found whoever goes first; of hand-overs, in some order of arrival."""
+    """Assert that the fault is found whoever goes first; a few, in some order of arrival."""
     case = ALIGNED if fault in IN_ALIGNED else SHARED
     inputs = make(case, random, dtype=torch.bfloat16)
-    found = []
+    said: list[AssertionError] = []
     for seed in range(6) if fault in IN_ONE_ORDER else (0, 1):
         try:
             attend(module, case, inputs, seed)
         except AssertionError as error:
-            kind = LaneFault if says else AssertionError
-            assert isinstance(error, kind), error
-            assert re.search(says or "output|lse", str(error), re.DOTALL), error
-            found.append(seed)
-        else:
-            assert fault in IN_ONE_ORDER, f"not found with seed {seed}"
-    assert found
+            said.append(error)
+    assert said
+    assert len(said) == 2 or fault in IN_ONE_ORDER, "found in one order, missed in another"
+    for error in said:
+        assert isinstance(error, LaneFault) == bool(says), error
+        assert re.search(says or "output|lse", str(error), re.DOTALL), error
