@@ -22,7 +22,13 @@ from typing import NamedTuple
 
 import torch
 
-from sdvg_kernels import _tuned, block_causal_attention
+from sdvg_kernels import (
+    _tuned,
+    block_causal_attention,
+    gated_residual_layer_norm,
+    norm_rope,
+    rope_table,
+)
 from sdvg_kernels.testing import assert_within_budget
 
 # less is noise
@@ -36,8 +42,8 @@ class Workload(NamedTuple):
     key: str
     shape: str
     candidates: tuple[object, ...]
-    run: Callable[[], torch.Tensor]
-    check: Callable[[torch.Tensor], None]
+    run: Callable[[], object]
+    check: Callable[[object], None]
 
 
 class Choice(NamedTuple):
@@ -192,18 +198,98 @@ def _attend(
         wide = [tensor.to(dtype) for tensor in inputs]
         return block_causal_attention(*wide, lengths, implementation=implementation)
 
+    shape_text = f"T={rows} S={slots} H={heads} D={dim}"
+    return _verified("attention", key, shape_text, candidates, run)
+
+
+def _modulation(
+    device: torch.device, tokens: int = 4680, widths: tuple[int, ...] = (1536, 3072, 5120)
+) -> Iterator[Workload]:
+    """Yield the fused op on a block of three frames at the widths of Wan."""
+    from sdvg_kernels.modulation import config
+
+    random = torch.Generator(device).manual_seed(0)
+    for width in widths:
+        x, y = (torch.randn(1, tokens, width, generator=random, device=device) for _ in range(2))
+        rows = [torch.randn(1, 3, width, generator=random, device=device) for _ in range(3)]
+
+        def run(
+            implementation: str = "triton",
+            dtype: torch.dtype = torch.bfloat16,
+            inputs: tuple[torch.Tensor, ...] = (x.bfloat16(), y.bfloat16(), *rows),
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            x, y = (tensor.to(dtype) for tensor in inputs[:2])
+            vectors = (tensor.to(wide) for tensor in inputs[2:])
+            return gated_residual_layer_norm(x, y, *vectors, implementation=implementation)
+
+        most = next(most for most, _ in config.LAUNCHES if width <= most)
+        key, found = config.key(most), config.candidates(most)
+        yield _verified("modulation", key, f"T={tokens} F=3 C={width}", found, run)
+
+
+def _rope(
+    device: torch.device,
+    grid: tuple[int, int, int] = (3, 30, 52),
+    all_heads: tuple[int, ...] = (12, 24, 40),
+) -> Iterator[Workload]:
+    """Yield a block of three frames at the widths of Wan."""
+    from sdvg_kernels.rope import config
+
+    random = torch.Generator(device).manual_seed(0)
+    tables = {
+        dtype: rope_table(1024, 128, dtype=dtype, device=device)
+        for dtype in (torch.float32, torch.float64)
+    }
+    for heads in all_heads:
+        shape = (1, math.prod(grid), heads, 128)
+        query, key = (
+            torch.randn(shape, generator=random, device=device).bfloat16() for _ in range(2)
+        )
+        weights = [torch.rand(heads * 128, generator=random, device=device) for _ in range(2)]
+
+        def run(
+            implementation: str = "triton",
+            dtype: torch.dtype = torch.bfloat16,
+            inputs: tuple[torch.Tensor, ...] = (query, key, *weights),
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            query, key = (tensor.to(dtype) for tensor in inputs[:2])
+            return norm_rope(
+                query,
+                key,
+                tables[wide],
+                grid,
+                query_weight=inputs[2].to(wide),
+                key_weight=inputs[3].to(wide),
+                implementation=implementation,
+            )
+
+        channels = 128 << (heads - 1).bit_length()
+        most = next(most for most, _ in config.LAUNCHES[128] if most is None or channels <= most)
+        found = config.candidates(128, most)
+        yield _verified("rope", config.key(128, most), f"T={shape[1]} H={heads} D=128", found, run)
+
+
+def _verified(
+    op: str,
+    key: str,
+    shape: str,
+    candidates: tuple[object, ...],
+    run: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+) -> Workload:
+    """Return the workload that `run()` is, held to `run("reference")` and the same in float64."""
     plain, exact = run("reference"), run("reference", torch.float64)
-    return Workload(
-        op="attention",
-        key=key,
-        shape=f"T={rows} S={slots} H={heads} D={dim}",
-        candidates=candidates,
-        run=run,
-        check=lambda out: assert_within_budget(out, plain, exact),
-    )
+
+    def check(out: object) -> None:
+        found = [x if isinstance(x, tuple) else (x,) for x in (out, plain, exact)]
+        for one, same, true in zip(*found, strict=True):
+            assert_within_budget(one, same, true)
+
+    return Workload(op, key, shape, candidates, run, check)
 
 
-WORKLOADS["attention"] = _attention
+WORKLOADS |= {"attention": _attention, "modulation": _modulation, "rope": _rope}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ them all.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Budget
 
 
@@ -35,13 +37,39 @@ LAUNCHES = (
 )
 
 
-def choose(width: int, tokens: int) -> Launch:
-    """Return the launch for rows of `width` channels, `tokens` of them in a frame."""
-    launch = next(launch for most, launch in LAUNCHES if width <= most)
+def choose(width: int, tokens: int, gpu: str | None = None) -> Launch:
+    """Return the launch for rows of `width` channels, `tokens` of them in a frame.
+
+    `gpu` is its name, where what was measured on it counts (_tuned.py).
+    """
+    most, launch = next(entry for entry in LAUNCHES if width <= entry[0])
+    launch = _tuned.choose(OP, key(most), gpu, launch, functools.partial(candidates, most))
     if tokens >= launch.BT:
         return launch
     # rows past the end of a frame would only be masked
     return Launch(1, launch.BC, launch.num_warps, "a frame has fewer tokens than a tile")
+
+
+OP = "modulation"
+
+
+def key(most: int) -> str:
+    """Return the name of a choice: rows of at most `most` channels."""
+    return f"C{most}"
+
+
+def candidates(most: int) -> tuple[Launch, ...]:
+    """Return the launches that autotune measures for rows of `most` channels, the default first."""
+    default = dict(LAUNCHES)[most]
+    tried = [
+        Launch(tokens, 256 * warps, warps, "measured by sdvg_kernels.autotune")
+        for warps in (1, 2, 4, 8)
+        for tokens in (1, 2, 4)
+        # x of a thread in registers, 8 channels a part
+        if tokens * -(-most // (256 * warps)) * 8 <= 96
+    ]
+    known = _tuned.numbers(default)
+    return (default, *(launch for launch in tried if _tuned.numbers(launch) != known))
 
 
 def budget(wide: int) -> Budget:

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels.modulation import config
 
@@ -195,7 +196,7 @@ def _launch(
     gate, gate_table, shift, shift_table, scale, scale_table, weight, bias = vectors
     rows = gate if gate is not None else shift
     frames = 1 if rows is None else rows.shape[1]
-    launch = config.choose(width, tokens // frames)
+    launch = config.choose(width, tokens // frames, _tuned.gpu_name(x.device))
     tiles = triton.cdiv(tokens // frames, launch.BT)
     stride_y, stride_g, stride_h, stride_c = (
         (0, 0) if tensor is None else tensor.stride()[:2] for tensor in (y, gate, shift, scale)

@@ -13,8 +13,10 @@ H200's, and still an issue more than is needed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Budget
 
 
@@ -48,10 +50,33 @@ LAUNCHES = {
 INTERPRETED = Launch(1, "Triton's interpreter")
 
 
-def choose(tile_heads: int, dim: int) -> Launch:
-    """Return the launch for a tile of `tile_heads` heads, a power of two, of `dim` channels."""
+def choose(tile_heads: int, dim: int, gpu: str | None = None) -> Launch:
+    """Return the launch for a tile of `tile_heads` heads, a power of two, of `dim` channels.
+
+    `gpu` is its name, where what was measured on it counts (_tuned.py).
+    """
     channels = tile_heads * dim
-    return next(launch for most, launch in LAUNCHES[dim] if most is None or channels <= most)
+    most, launch = next(
+        entry for entry in LAUNCHES[dim] if entry[0] is None or channels <= entry[0]
+    )
+    tried = functools.partial(candidates, dim, most)
+    return _tuned.choose(OP, key(dim, most), gpu, launch, tried)
+
+
+OP = "rope"
+
+
+def key(dim: int, most: int | None) -> str:
+    """Return the name of a choice: tiles of at most `most` channels, or of more."""
+    return f"D{dim} {'wide' if most is None else f'C{most}'}"
+
+
+def candidates(dim: int, most: int | None) -> tuple[Launch, ...]:
+    """Return the launches that autotune measures, the default first."""
+    default = dict(LAUNCHES[dim])[most]
+    why = "measured by sdvg_kernels.autotune"
+    tried = (Launch(warps, why) for warps in (1, 2, 4, 8, 16) if warps != default.num_warps)
+    return (default, *tried)
 
 
 def budget(e4m3: bool, wide: int) -> Budget:

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
 from sdvg_kernels.rope import config
@@ -336,8 +337,9 @@ def _launch(
         raise NotImplementedError(message(_OP, "query", rule, query.shape))
     value_strides = (0, 0, 0) if value is None else value.stride()
     out_v_strides = (0, 0, 0) if out_v is None else out_v.stride()
-    launch = config.INTERPRETED if _INTERPRETED else config.choose(tile, dim)
     device = query.device
+    launch = config.choose(tile, dim, _tuned.gpu_name(device))
+    launch = config.INTERPRETED if _INTERPRETED else launch
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         rope_kernel[(height * width, rows // (height * width), batch)](
             query=query,

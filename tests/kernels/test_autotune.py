@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from sdvg_kernels import _tuned, autotune
+from sdvg_kernels._check import triton_reason
 from sdvg_kernels.attention import config
 from sdvg_kernels.autotune import Workload
 
@@ -178,6 +180,42 @@ def test_every_choice_of_attention_can_be_tuned(capability: tuple[int, int]) -> 
             # measured without a bias: not believed with one
             biased = config.choose(capability, dim, dtype, rows, True, GPU)
             assert biased in (default, config.BIASED)
+
+
+@pytest.mark.parametrize("op", ["modulation", "rope"])
+def test_every_choice_of_the_other_ops_can_be_tuned(op: str) -> None:
+    config = importlib.import_module(f"sdvg_kernels.{op}.config")
+    cases = (
+        {(most,): (most, 1560) for most, _ in config.LAUNCHES}
+        if op == "modulation"
+        else {
+            (d, most): ((most or 8192) // d, d) for d in (64, 128) for most, _ in config.LAUNCHES[d]
+        }
+    )
+    for which, shape in cases.items():
+        found = config.candidates(*which)
+        assert found[0] == config.choose(*shape)
+        assert len({tuple(_tuned.numbers(launch).items()) for launch in found}) == len(found) > 1
+        best = {config.key(*which): autotune.Choice(found[-1], 0.5)}
+        autotune.write(_tuned.path_of(GPU), GPU, {op: best})
+        assert config.choose(*shape, GPU) == found[-1]
+
+
+@pytest.mark.skipif(bool(triton_reason("cpu")), reason="it runs in Triton's interpreter here")
+@pytest.mark.parametrize("op", sorted(autotune.WORKLOADS))
+def test_the_workloads_run_the_kernel_and_hold_it_to_the_reference(op: str) -> None:
+    cpu = torch.device("cpu")
+    work = {
+        "attention": lambda: autotune._attend(cpu, (2, 40, 2, 64), "a", LAUNCHES),
+        "modulation": lambda: next(autotune._modulation(cpu, 6, (64,))),
+        "rope": lambda: next(autotune._rope(cpu, (1, 2, 3), (2,))),
+    }[op]()
+    out = work.run()
+    work.check(out)
+    first = out[0] if isinstance(out, tuple) else out
+    first.view(-1)[5] += 1
+    with pytest.raises(AssertionError, match="error"):
+        work.check(out)
 
 
 def test_a_forced_launch_is_over_when_its_block_is() -> None:
