@@ -334,7 +334,9 @@ class SDVGPipeline(DiffusionPipeline):
         # an offloaded model runs elsewhere than it lies; others run where the user has put them
         device = self._execution_device if hasattr(transformer, "_hf_hook") else None
         key = (transformer, height, width, device)
-        if part not in self._models or self._models[part][0] != key:
+        known, model = self._models.get(part, (None, None))
+        # a second pipeline may have taken a shared transformer over
+        if known != key or not model.installed:
             model = CausalWan(
                 transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
                 frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
@@ -344,7 +346,7 @@ class SDVGPipeline(DiffusionPipeline):
             if self._acceleration is not None:
                 model.accelerate(**self._acceleration)
             self._models[part] = key, model
-        return self._models[part][1]
+        return model
 
     @torch.no_grad()
     def _given(

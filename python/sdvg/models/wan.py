@@ -120,6 +120,11 @@ class CausalWan:
         """The transformer's own dtype."""
         return self.transformer.proj_out.weight.dtype
 
+    @property
+    def installed(self) -> bool:
+        """Whether the transformer still runs for this model: another around it takes it over."""
+        return self.transformer.blocks[0].attn1.processor.model is self
+
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> CausalWan:
         """Run the blocks on the fused ops from now on; see `sdvg.accelerate`. Returns self."""
         fuse(self)
