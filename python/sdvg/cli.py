@@ -1,4 +1,4 @@
-"""The command line: `sdvg generate | sweep | env`; an error is one sentence and exit code 2."""
+"""The command line: `sdvg generate | sweep | bench | env`; an error is a sentence, exit code 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from tqdm import tqdm
 
-from sdvg import env
+from sdvg import bench, env
 from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
@@ -110,6 +110,33 @@ def generate(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 130 if interrupted else 0
+
+
+def bench_loop(args: argparse.Namespace) -> int:
+    """Measure the loop on random Wan models, each row as soon as it is there."""
+    cpu = torch.device(args.device).type == "cpu"
+    if args.models == "wan" and cpu:
+        raise ValueError("bench: Wan's sizes need a GPU, got cpu; --models tiny runs anywhere")
+    if any(not 0 <= share <= 1 for share in args.acceptance):
+        raise ValueError(f"bench: acceptance must lie in [0, 1], got {args.acceptance}")
+    tiny = args.models == "tiny"
+    parts = bench.random_wan(
+        *(("tiny", "tiny") if tiny else (args.drafter, args.target)),
+        height=32 if tiny else args.height, width=32 if tiny else args.width,
+        window_frames=args.window, device=args.device,
+        dtype=torch.float32 if cpu else torch.bfloat16,
+    )  # fmt: skip
+    rows = []
+    settings = {
+        "variants": args.variants, "acceptances": args.acceptance, "blocks": args.blocks
+    }  # fmt: skip
+    for row in bench.measure(parts, **settings):
+        rows.append(row)
+        print(bench.table([row]).splitlines()[-1], file=sys.stderr)
+    print(bench.table(rows))
+    if args.out is not None:
+        bench.write(args.out, rows)
+    return 0
 
 
 def show_env(args: argparse.Namespace) -> int:
@@ -338,7 +365,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = _Parser("sdvg", description="Video generation by speculation: draft, score, repair.")
-    commands = top.add_subparsers(required=True, metavar="generate | sweep | env")
+    commands = top.add_subparsers(required=True, metavar="generate | sweep | bench | env")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -385,6 +412,25 @@ def parser() -> argparse.ArgumentParser:
     add("--mean-thresholds", type=float, nargs="+", metavar="TAU", help="of the mean frame")
     add("--accept", type=float, nargs="+", metavar="P", help="probabilities of random routing")
     new.set_defaults(run=sweep)
+
+    new = commands.add_parser("bench", parents=[common], help="what the loop costs")
+    add = new.add_argument
+    add("what", choices=["loop"])
+    add(
+        "--models", choices=["wan", "tiny"], default="wan", help="tiny: for a machine without a GPU"
+    )
+    add("--weights", choices=["random"], default="random")
+    add("--drafter", default="1.3B", help="1.3B or 14B")
+    add("--target", default="14B", help="1.3B or 14B")
+    add("--variants", nargs="+", default=bench.VARIANTS, help=", ".join(bench.VARIANTS))
+    add("--acceptance", type=float, nargs="+", default=bench.ACCEPTANCES, metavar="SHARE")
+    add("--blocks", type=int, default=9)
+    add("--height", type=int, default=480)
+    add("--width", type=int, default=832)
+    add("--window", type=int, default=6, help="latent frames that a block sees, itself included")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="also write the rows there, as CSV")
+    new.set_defaults(run=bench_loop)
 
     new = commands.add_parser("env", parents=[common], help="versions and what serves each op")
     new.add_argument("--json", action="store_true")

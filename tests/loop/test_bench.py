@@ -1,0 +1,81 @@
+"""`sdvg bench loop`: every variant gives the same video, and a wrong one gets no figure."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers", reason="the models are diffusers' classes")
+
+from sdvg import bench
+from sdvg.bench import Parts, Pattern
+from sdvg.cli import main
+from sdvg.types import Draft
+
+
+@pytest.fixture
+def parts() -> Parts:
+    return bench.random_wan("tiny", "tiny", height=32, width=32, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 2), (0.731, 5), (0.889, 7), (1.0, 8)])
+def test_the_pattern_keeps_its_share_evenly(share: float, kept: int) -> None:
+    verdicts = [bool(Pattern(share)(Draft(block, 0, (0,), None))) for block in range(1, 9)]
+    assert sum(verdicts) == kept
+    assert Pattern(share)(Draft(3, 0, (0, 1), None)).shape == (2,)
+
+
+def test_all_variants_are_measured_against_their_own_target(parts: Parts) -> None:
+    rows = list(bench.measure(parts, acceptances=(0.0, 1.0), blocks=4))
+    assert [row.variant for row in rows[::3]] == ["eager", "original", "fused", "graphs", "fp8"]
+    assert [row.acceptance for row in rows[:3]] == [None, 0.0, 1.0]
+    for row in rows:
+        assert row.difference < (0.2 if row.variant == "fp8" else 1e-4)
+        assert row.fps > 0
+        assert (row.speedup == 1) == (row.acceptance is None)
+    # all drafts kept: the target makes the forced first block alone
+    assert rows[2].target_ms < rows[1].target_ms
+
+
+def test_a_variant_that_gives_another_video_gets_no_figure(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x
+
+    monkeypatch.setattr(bench, "_turned", broken)
+    with pytest.raises(RuntimeError, match=r"original is .* off the eager latents"):
+        list(bench.measure(parts, variants=("original", "eager"), acceptances=(), blocks=3))
+
+
+def test_the_command_prints_a_table_and_writes_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "loop.csv"
+    command = ["bench", "loop", "--models", "tiny", "--blocks", "2", "--variants", "eager"]
+    assert main([*command, "--acceptance", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["variant", "acceptance", "fps"]
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["acceptance"] for row in rows] == ["target-only", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            ["--device", "cpu"],
+            "bench: Wan's sizes need a GPU, got cpu; --models tiny runs anywhere",
+        ),
+        (["--models", "tiny", "--acceptance", "2"], "acceptance must lie in [0, 1], got [2.0]"),
+        (["--models", "tiny", "--variants", "slow"], "variants must be among original, eager"),
+    ],
+)
+def test_errors_are_one_sentence(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "loop", *options]) == 2
+    assert text in capsys.readouterr().err
