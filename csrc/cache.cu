@@ -8,10 +8,10 @@
 //
 // Copies are bound by memory. An H200 needs 25 KB on their way in each multiprocessor (4.8 TB/s x
 // 700 ns / 132): a thread has kUnroll loads of up to 16 bytes on their way before its first store,
-// and with 64 registers a multiprocessor has 1024 threads or more, 64 KB. A block moves 16 KiB, so
-// that even one layer of a small block fills the machine. Decisions are read first, together; new
-// rows are loaded before the length that says where they go is there. What is read once, and what
-// only a rollback would read, leaves the caches first: the K and V that attention reads next stay.
+// and with 64 registers a multiprocessor has 1024 threads, 64 KB. A piece is 16 KiB, so that even
+// one layer of a small block fills the machine. Decisions are read first, together; new rows are
+// loaded before the length that says where they go is there. What is read once, and what only a
+// rollback would read, leaves the caches first: the K and V that attention reads next stay.
 
 #include "caches.cuh"
 #include "lanes.cuh"
@@ -24,8 +24,17 @@ constexpr uint32_t kUnroll = 4;
 
 // --- kernels ---
 
+// The pieces of all sequences go round the blocks in turn: the first of sequence i that `block`
+// has. A grid that fills the machine once, and no more: where all is accepted, a block per piece
+// would cost as long as 50 thousand blocks take to come and go
+__host__ __device__ inline uint32_t first_piece(uint32_t i, uint32_t pieces, uint32_t block,
+                                                uint32_t blocks) {
+  const uint32_t before = static_cast<uint32_t>(static_cast<uint64_t>(i) * pieces % blocks);
+  return block >= before ? block - before : block + blocks - before;
+}
+
 // cache[b, length + t] = rows[i, t], where accept[i] is not set; what was there goes to saved[i, t]
-// grid: (tiles of a sequence's rows, sequences, layers x {K, V})
+// grid: (blocks); a piece is one of a sequence's tiles of one layer's K or V
 // budget: MoveRows registers 64 (four blocks on a multiprocessor)
 template <class Vec>
 struct MoveRows {
@@ -36,17 +45,29 @@ struct MoveRows {
   Ring ring;
   const bool* accept;  // null: none is
   bool save;
+  uint32_t size;  // b
   uint32_t row_vectors;
   uint32_t vectors;  // of a sequence's rows
+  uint32_t tiles;    // of them
+  uint32_t pieces;   // of a sequence
+  uint32_t blocks;
 
   template <int>
   __host__ __device__ void phase(Place at, uint8_t*) const {
-    const uint32_t i = at.block.y, layer = at.block.z >> 1, side = at.block.z & 1;
-    const int64_t b = sequences[i];
-    const int32_t length = sequences.lengths[b];
-    if (accept != nullptr && accept[i]) return;
-    const uint32_t first = at.block.x * (kThreads * kUnroll) + at.thread;
+    for (uint32_t i = 0; i < size; ++i) {
+      if (accept != nullptr && accept[i]) continue;
+      const int64_t b = sequences[i];
+      const int32_t length = sequences.lengths[b];
+      uint32_t piece = first_piece(i, pieces, at.block.x, blocks);
+      for (; piece < pieces; piece += blocks) {
+        const uint32_t layer = piece / tiles;
+        move(i, b, length, layer >> 1, layer & 1, piece % tiles * (kThreads * kUnroll) + at.thread);
+      }
+    }
+  }
 
+  __host__ __device__ void move(uint32_t i, int64_t b, int32_t length, uint32_t layer,
+                                uint32_t side, uint32_t first) const {
     Vec fresh[kUnroll], old[kUnroll];
     uint32_t row[kUnroll], byte[kUnroll];
     uint8_t* target[kUnroll];
@@ -178,7 +199,7 @@ struct AdvanceAlong {
 };
 
 // draft[n][b] = other[n][b] where accept[b] is not set
-// grid: (tiles of all tensors' rows, sequences)
+// grid: (blocks); a piece is one of the tiles of all tensors' rows
 // budget: SelectRows registers 64 (four blocks on a multiprocessor)
 struct SelectRows {
   static constexpr int kPhases = 1;
@@ -194,21 +215,30 @@ struct SelectRows {
   Item item[kLayers];
   int items;
   const bool* accept;
+  uint32_t size;    // B
+  uint32_t pieces;  // of a sequence
+  uint32_t blocks;
 
   template <int>
   __host__ __device__ void phase(Place at, uint8_t*) const {
-    const uint32_t b = at.block.y;
-    if (accept[b]) return;
+    for (uint32_t b = 0; b < size; ++b) {
+      if (accept[b]) continue;
+      uint32_t piece = first_piece(b, pieces, at.block.x, blocks);
+      for (; piece < pieces; piece += blocks) take(b, piece, at.thread);
+    }
+  }
+
+  __host__ __device__ void take(uint32_t b, uint32_t piece, uint32_t thread) const {
     int low = 0;
     for (int high = items; high - low > 1;) {
       const int middle = (low + high) / 2;
-      (item[middle].first_tile <= at.block.x ? low : high) = middle;
+      (item[middle].first_tile <= piece ? low : high) = middle;
     }
     const Item& it = item[low];
     uint8_t* const draft = it.draft + b * it.draft_stride;
     const uint8_t* const other = it.other + b * it.other_stride;
     const int64_t first =
-        static_cast<int64_t>(at.block.x - it.first_tile) * (kThreads * kUnroll) + at.thread;
+        static_cast<int64_t>(piece - it.first_tile) * (kThreads * kUnroll) + thread;
     with_vector(it.width, [&]<class Vec>(Vec) {
       Vec taken[kUnroll];
 #pragma unroll
@@ -267,6 +297,9 @@ void move_rows(const char* op, const Tensors (&cache_tensors)[2], const Tensors 
     SDVG_CHECK(row_vectors * t < INT32_MAX, op, "key must have fewer than 2^31 vectors a sequence");
     kernel.row_vectors = static_cast<uint32_t>(row_vectors);
     kernel.vectors = static_cast<uint32_t>(row_vectors * t);
+    kernel.tiles = tiles(kernel.vectors);
+    kernel.size = static_cast<uint32_t>(b);
+    const int64_t blocks = resident_blocks<kLane>(lengths);
     for (size_t first = 0; first < layers; first += kLayers) {
       const size_t count = std::min<size_t>(kLayers, layers - first);
       for (int side = 0; side < 2; ++side) {
@@ -274,9 +307,9 @@ void move_rows(const char* op, const Tensors (&cache_tensors)[2], const Tensors 
         kernel.rows[side] = rows[side].rows(first, count);
         if (save) kernel.saved[side] = saved[side].rows(first, count);
       }
-      const dim3 grid(tiles(kernel.vectors), static_cast<uint32_t>(b),
-                      static_cast<uint32_t>(2 * count));
-      launch<kLane>(op, kernel, grid, 0, lengths);
+      kernel.pieces = kernel.tiles * static_cast<uint32_t>(2 * count);
+      kernel.blocks = std::min<int64_t>(b * kernel.pieces, blocks);
+      launch<kLane>(op, kernel, dim3(kernel.blocks), 0, lengths);
     }
   });
 }
@@ -370,10 +403,13 @@ void select_(Tensor accept, Tensors draft, Tensors other) {
   const char* const op = "select_";
   SDVG_CHECK(draft.size() == other.size(), op, "other must hold as many tensors as draft");
   const int64_t b = accept.size(0);
-  SelectRows kernel{.accept = accept_of(op, accept, b)};
+  SelectRows kernel{.accept = accept_of(op, accept, b), .size = static_cast<uint32_t>(b)};
   uint32_t tile = 0;
+  const int64_t blocks = resident_blocks<kLane>(accept);
   const auto flush = [&] {
-    if (tile) launch<kLane>(op, kernel, dim3(tile, static_cast<uint32_t>(b)), 0, accept);
+    kernel.pieces = tile;
+    kernel.blocks = std::min<int64_t>(b * tile, blocks);
+    if (tile) launch<kLane>(op, kernel, dim3(kernel.blocks), 0, accept);
     kernel.items = 0;
     tile = 0;
   };

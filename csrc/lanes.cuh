@@ -24,6 +24,8 @@ enum class Lane { kDevice, kHost };
 
 // most threads of a block, in every kernel
 constexpr uint32_t kThreads = 256;
+// blocks that a multiprocessor holds of every kernel: of 64 K registers, 64 a thread
+constexpr int kResident = 4;
 
 struct Place {
   uint3 block;
@@ -31,7 +33,8 @@ struct Place {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) run_on_device(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    run_on_device(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) uint8_t shared[];
   const Place at{blockIdx, threadIdx.x};
   [&]<int... kPhase>(std::integer_sequence<int, kPhase...>) {
@@ -67,6 +70,15 @@ uint32_t most_shared_bytes(const torch::stable::Tensor& on) {
   if constexpr (kLane == Lane::kDevice)
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, on.get_device_index());
   return static_cast<uint32_t>(bytes);
+}
+
+// blocks that are resident at once on the whole machine; few on the host lane, so that they loop
+template <Lane kLane>
+int64_t resident_blocks(const torch::stable::Tensor& on) {
+  if constexpr (kLane == Lane::kHost) return 3;
+  int processors = 1;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, on.get_device_index());
+  return static_cast<int64_t>(processors) * kResident;
 }
 
 // runs `kernel` on the grid; `on` is a tensor of the device
