@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
-from sdvg import SDVG, Always, Block, Never, Reward, Stride, noise, preset
+from sdvg import SDVG, Always, Block, Never, Reward, Stride, accelerate, noise, preset
 from sdvg.types import CausalModel, Decoder, Router, Scorer
 
 
@@ -65,20 +64,6 @@ class NoDecoder:
         """Return no state."""
 
 
-class Size(NamedTuple):
-    """A Wan transformer: heads of `dim` channels."""
-
-    name: str
-    layers: int
-    heads: int
-    ffn: int
-    dim: int = 128
-    text_dim: int = 4096
-
-
-SMALL, LARGE = Size("1.3B", 30, 12, 8960), Size("14B", 40, 40, 13824)
-
-
 def plans(bench: Bench) -> Iterator[Plan]:
     """Yield the cases."""
     cpu = bench.device.type == "cpu"
@@ -89,12 +74,13 @@ def plans(bench: Bench) -> Iterator[Plan]:
                 f"loop without models {shape} B={batch}", partial(_loop, bench, shape, batch)
             )
     if cpu:
-        tiny = Size("tiny", 2, 2, 64, dim=16, text_dim=16)
-        yield Plan("wan tiny", partial(_wan, bench, tiny._replace(layers=1), tiny, 4, 4))
+        yield Plan("wan tiny", partial(_wan, bench, "tiny", "tiny", False))
+        yield Plan("wan tiny, accelerated", partial(_wan, bench, "tiny", "tiny", True))
     else:
-        yield Plan("wan 1.3B for 1.3B", partial(_wan, bench, SMALL, SMALL, 60, 104))
+        yield Plan("wan 1.3B for 1.3B, accelerated", partial(_wan, bench, "1.3B", "1.3B", True))
         if not bench.quick:
-            yield Plan("wan 1.3B for 14B", partial(_wan, bench, SMALL, LARGE, 60, 104))
+            yield Plan("wan 1.3B for 14B", partial(_wan, bench, "1.3B", "14B", False))
+            yield Plan("wan 1.3B for 14B, accelerated", partial(_wan, bench, "1.3B", "14B", True))
     if not (cpu and bench.quick):
         yield Plan("embedded pair", partial(_embedded, bench))
 
@@ -156,67 +142,31 @@ def _loop(bench: Bench, shape: tuple[int, int, int, int], batch: int) -> Case:
     )
 
 
-def _wan(bench: Bench, drafter: Size, target: Size, height: int, width: int) -> Case:
+def _wan(bench: Bench, drafter: str, target: str, accelerated: bool) -> Case:
     """Return the loop on random Wan transformers and a random VAE of the real classes."""
     _require("diffusers")
-    from diffusers import AutoencoderKLWan
-
-    from sdvg.models.vae import StreamingVAE
+    from sdvg.bench import random_wan
 
     device, cpu = bench.device, bench.device.type == "cpu"
+    height, width = (32, 32) if cpu else (480, 832)
     dtype = torch.float32 if cpu else torch.bfloat16
-    tiny = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if cpu else {}
-    decoder = StreamingVAE(_made(partial(AutoencoderKLWan, **tiny), device, dtype))
-    models = [_transformer(size, height, width, device, dtype) for size in (drafter, target)]
+    parts = random_wan(
+        drafter, target, height=height, width=width, window_frames=6, device=device, dtype=dtype
+    )
+    if accelerated:
+        accelerate(parts, graphs=not cpu)
+    how = "accelerated, graphs" if accelerated and not cpu else "accelerated" * accelerated
     return _generation(
-        *models,
-        decoder,
+        parts.drafter,
+        parts.target,
+        parts.decoder,
         None,
         Stride(3),
         prompts=["a random video"],
-        shape=f"Wan {drafter.name} for {target.name} {8 * height}x{8 * width} B=1 stride=3",
+        shape=f"Wan {drafter} for {target} {height}x{width} B=1 stride=3 {how}".strip(),
         dtype=str(dtype).removeprefix("torch."),
         blocks=2 if cpu else 4,
     )
-
-
-def _transformer(
-    size: Size, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> CausalModel:
-    from diffusers import WanTransformer3DModel
-
-    from sdvg.models.wan import CausalWan
-
-    build = partial(
-        WanTransformer3DModel,
-        num_layers=size.layers,
-        num_attention_heads=size.heads,
-        attention_head_dim=size.dim,
-        ffn_dim=size.ffn,
-        text_dim=size.text_dim,
-    )
-
-    def encode(prompts: Sequence[str]) -> Tensor:
-        # of its own generator: who else was started before must not matter
-        generator = torch.Generator(device).manual_seed(1)
-        shape = (len(prompts), 512, size.text_dim)
-        return torch.randn(shape, generator=generator, device=device).mul_(0.1)
-
-    torch.manual_seed(0)
-    return CausalWan(_made(build, device, dtype), encode, height=height, width=width)
-
-
-def _made(
-    build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype
-) -> torch.nn.Module:
-    """Return a model made on the device in its dtype: no float32 copy on the host."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return build()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _embedded(bench: Bench) -> Case:
