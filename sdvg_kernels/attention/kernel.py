@@ -36,6 +36,8 @@ from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
 from sdvg_kernels.attention import config
+from sdvg_kernels.attention.combine import combine_compilations, combine_parts, combine_rows
+from sdvg_kernels.attention.tickets import take
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -46,8 +48,6 @@ _NO_WINDOW = 2**30
 # one compilation serves all sizes; strides stay specialised, loads are as wide as they are aligned
 _SIZES = ("B", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
 _SIZES += ("num_splits",)
-# tickets of a device, 4 MB: 16 thousand captured launches of 64 tiles; most tiles of a launch
-_TICKET_COUNT, MOST_TILES = 1 << 20, 256
 
 
 @triton.jit
@@ -132,71 +132,6 @@ def _attend(
     else:
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
     return b_n, b_l, b_o
-
-
-@triton.jit
-def _combine(
-    part,
-    part_lse,
-    out,
-    lse,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    B,
-    T,
-    H,
-    num_splits,
-    i_b,
-    o_i,
-    o_h,
-    m_i,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Write the rows (i_b, o_i, o_h) of out and lse from their parts, BN of them at a time.
-
-    Offsets of parts are as wide as `B` and `i_b`.
-    """
-    o_d = tl.arange(0, D)
-    stride_n = B * T * H
-    # [BR]
-    o_x = (i_b * H + o_h) * T + o_i
-    o_p = (i_b * T + o_i) * H + o_h
-    # other programs wrote the parts: .cg reads past this multiprocessor's own cache
-    b_m = tl.full(o_i.shape, float("-inf"), tl.float32)
-    for i_n in range(0, num_splits, BN):
-        o_n = i_n + tl.arange(0, BN)
-        m_n = (o_n < num_splits)[:, None] & m_i[None, :]
-        p_x = part_lse + (o_n[:, None] * stride_n + o_x[None, :])
-        b_x = tl.load(p_x, mask=m_n, other=float("-inf"), cache_modifier=".cg")
-        b_m = tl.maximum(b_m, tl.max(b_x, 0))
-    b_z = tl.where(b_m == float("-inf"), 0.0, b_m)
-    b_l = tl.zeros_like(b_m)
-    # [BR, D]
-    b_o = tl.zeros([o_i.shape[0], D], tl.float32)
-    for i_n in range(0, num_splits, BN):
-        o_n = i_n + tl.arange(0, BN)
-        m_n = (o_n < num_splits)[:, None] & m_i[None, :]
-        o_nx = o_n[:, None] * stride_n
-        p_x = part_lse + (o_nx + o_x[None, :])
-        b_x = tl.load(p_x, mask=m_n, other=float("-inf"), cache_modifier=".cg")
-        # [BN, BR, D]: one load, so that all of it is on its way at once
-        p_p = part + ((o_nx + o_p[None, :])[:, :, None] * D + o_d[None, None, :])
-        b_p = tl.load(p_p, mask=m_n[:, :, None], other=0.0, cache_modifier=".cg")
-        b_w = tl.exp2(b_x - b_z[None, :])
-        b_l += tl.sum(b_w, 0)
-        b_o += tl.sum(b_p * b_w[:, :, None], 0)
-
-    m_seen = b_l != 0.0
-    b_l = tl.where(m_seen, b_l, 1.0)
-    p_o = out + tl.cast(i_b, tl.int64) * stride_ob + o_h.to(tl.int64)[:, None] * stride_oh
-    p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
-    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None])
-    if HAS_LSE:
-        b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
-        tl.store(lse + o_x, b_lse, mask=m_i)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -401,7 +336,7 @@ def attention_kernel(
             # config.combine and MOST_TILES keep the parts within 32-bit offsets
             for i_r in range(i_t * BT, tl.minimum(i_t * BT + BT, R), BR):
                 o_c = i_r + tl.arange(0, BR)
-                _combine(
+                combine_rows(
                     part,
                     part_lse,
                     out,
@@ -421,50 +356,6 @@ def attention_kernel(
                     BN,
                     HAS_LSE,
                 )
-
-
-@triton.jit(do_not_specialize=("B", "T", "H", "num_splits"))
-def combine_kernel(
-    part,
-    part_lse,
-    out,
-    lse,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    B,
-    T,
-    H,
-    num_splits,
-    D: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Combine the parts into out and lse: BR rows, each of a token and a head, a program."""
-    i_b = tl.program_id(0) // tl.cdiv(T * H, BR)
-    # [BR]
-    o_r = tl.program_id(0) % tl.cdiv(T * H, BR) * BR + tl.arange(0, BR)
-    _combine(
-        part,
-        part_lse,
-        out,
-        lse,
-        stride_ob,
-        stride_ot,
-        stride_oh,
-        tl.cast(B, tl.int64),
-        T,
-        H,
-        num_splits,
-        tl.cast(i_b, tl.int64),
-        o_r // H,
-        o_r % H,
-        o_r < T * H,
-        D,
-        BN,
-        HAS_LSE,
-    )
 
 
 def block_causal_attention(
@@ -523,7 +414,7 @@ def block_causal_attention(
         combine = config.combine(min(rows * pack, launch.BT), dim, num_splits)
     with _on(query.device):
         if num_splits > 1 and combine.last_program:
-            tickets = _tickets(query.device, tiles)
+            tickets = take(query.device, tiles)
         attention_kernel[(tiles * num_splits,)](
             query=query,
             k_cache=k_cache,
@@ -577,25 +468,7 @@ def block_causal_attention(
             num_stages=launch.num_stages,
         )
         if num_splits > 1 and tickets is None:
-            combine = config.COMBINE
-            combine_kernel[(batch * triton.cdiv(rows * heads, combine.BR),)](
-                part=part,
-                part_lse=part_lse,
-                out=out,
-                lse=lse,
-                stride_ob=out.stride(0),
-                stride_ot=out.stride(1),
-                stride_oh=out.stride(2),
-                B=batch,
-                T=rows,
-                H=heads,
-                num_splits=num_splits,
-                D=dim,
-                BR=combine.BR,
-                BN=combine.BN,
-                HAS_LSE=return_lse,
-                num_warps=combine.num_warps,
-            )
+            combine_parts(part, part_lse, out, lse, return_lse)
     return out, lse
 
 
@@ -609,61 +482,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class _Tickets:
-    """Counters of one device, zero between launches: a run of them for each that may be in flight.
-
-    Launches on one stream follow each other and share a run. A graph replays on any stream, beside
-    anything: each launch that is captured keeps a run of its own for good.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._all = torch.zeros(_TICKET_COUNT, dtype=torch.int32, device=device)
-        self._used = 0
-        self._of_stream: dict[int, torch.Tensor] = {}
-        if device.type == "cuda":
-            # once for each device: streams that come later need not wait for the zeros
-            zeroed = torch.cuda.Event()
-            zeroed.record()
-            zeroed.synchronize()
-
-    def take(self, stream: int | None, tiles: int) -> torch.Tensor | None:
-        """Return the run of `stream`, or a new one for a graph (None); None when all are taken."""
-        if stream in self._of_stream:
-            return self._of_stream[stream]
-        first = self._used
-        # runs keep their pointers' alignment, or Triton would compile again
-        last = first + (MOST_TILES if stream is not None else -(-tiles // 32) * 32)
-        if last > len(self._all):
-            return None
-        self._used = last
-        run = self._all[first:last]
-        if stream is not None:
-            self._of_stream[stream] = run
-        return run
-
-
-_TICKETS: dict[torch.device, _Tickets] = {}
-
-
-def _tickets(device: torch.device, tiles: int) -> torch.Tensor | None:
-    """Return a zero ticket for each of `tiles`, or None: then the parts take a second launch.
-
-    None for more tiles than a run has, when captured launches hold all runs, and where the first
-    launch of all is captured: a graph must not own the counters.
-    """
-    if tiles > MOST_TILES:
-        return None
-    stream: int | None = 0
-    if device.type == "cuda":
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing and device not in _TICKETS:
-            return None
-        stream = None if capturing else torch.cuda.current_stream(device).cuda_stream
-    if device not in _TICKETS:
-        _TICKETS[device] = _Tickets(device)
-    return _TICKETS[device].take(stream, tiles)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -726,18 +544,4 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 num_stages=launch.num_stages,
                 budget=config.budget(arch, launch, dtype),
             )
-    for dim in (64, 128):
-        combine = config.COMBINE
-        yield Compilation(
-            kernel=combine_kernel,
-            arch=arch,
-            config=f"D{dim} bf16 BR{combine.BR} BN{combine.BN} lse",
-            signature={"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
-            | dict.fromkeys(("stride_ob", "stride_ot", "stride_oh"), "i32")
-            | dict.fromkeys(("B", "T", "H", "num_splits"), "i32"),
-            constants={"D": dim, "BR": combine.BR, "BN": combine.BN, "HAS_LSE": True},
-            divisible=("part", "part_lse", "out", "lse", "stride_ob", "stride_ot", "stride_oh"),
-            num_warps=combine.num_warps,
-            num_stages=3,
-            budget=config.COMBINE_BUDGET,
-        )
+    yield from combine_compilations(arch)
