@@ -54,7 +54,7 @@ _ROWS = gl.constexpr(64)
 # lengths, windows and their differences stay within int32
 _NO_WINDOW = 2**30
 # one compilation serves all sizes
-_SIZES = ("n_tile", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
+_SIZES = ("n_tile", "T", "ring", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
 
 
 @gluon.jit
@@ -71,14 +71,14 @@ def _bar(DO: gl.constexpr, ID: gl.constexpr, THREADS: gl.constexpr):
 @gluon.jit
 def _clean(stage, rows, BN: gl.constexpr, D: gl.constexpr):
     """Zero the rows of `stage` [BN, D] from `rows` on: 0 times what lies there may be NaN."""
-    CHUNK: gl.constexpr = 16
+    CHUNK: gl.constexpr = 1024 // D
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_r = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
     for i in gl.static_range(BN // CHUNK):
         if rows < (i + 1) * CHUNK:
             chunk = stage.slice(i * CHUNK, CHUNK)
             b_v = chunk.load(layout)
-            b_v = gl.where((o_r + i * CHUNK < rows)[:, None], b_v, gl.zeros_like(b_v))
+            b_v = gl.where((o_r < rows - i * CHUNK)[:, None], b_v, gl.zeros_like(b_v))
             chunk.store(b_v)
     fence_async_shared()
 
@@ -102,7 +102,8 @@ def _produce(
 ):
     """Copy each segment's Q once, and K and V of each unit, into free stages."""
     q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, v_full, v_free = shared
-    done = 0
+    k_done = 0
+    v_done = 0
     cleaned = 0
     for s in range(segments(state)):
         place, ends, runs, n_unit, first, stop = segment(s, cache_seqlens, state, shape, BN)
@@ -111,38 +112,44 @@ def _produce(
         if HAS_INDEX:
             i_c = gl.load(cache_batch_idx + i_b)
         i_g = i_h // GROUP
-        for u in range(first, stop):
-            slot, run_stop, _ = unit(u, runs, BN)
-            stage = done % STAGES
-            phase = (done // STAGES) & 1
-            mbarrier.wait(k_free.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        for i in gl.static_range(2):
+            mbarrier.wait(q_free.index(i), (s & 1) ^ 1)
+            mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                k_desc, [i_c, slot, i_g, 0], k_full.index(stage), k_s.index(stage)
+                q_desc, [i_b, row + i * _ROWS, i_h, 0], q_full.index(i), q_s.index(i)
             )
-            if u == first:
-                for i in gl.static_range(2):
-                    mbarrier.wait(q_free.index(i), (s & 1) ^ 1)
-                    mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+        # as they are needed: K of a unit, then V of the one before
+        for u in range(first, stop + 1):
+            if u < stop:
+                slot, run_stop, shift = unit(u, runs, BN)
+                stage = k_done % STAGES
+                phase = (k_done // STAGES) & 1
+                k_done += 1
+                mbarrier.wait(k_free.index(stage), phase ^ 1)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    k_desc, [i_c, slot, i_g, 0], k_full.index(stage), k_s.index(stage)
+                )
+            if u > first:
+                slot, run_stop, shift = unit(u - 1, runs, BN)
+                stage = v_done % STAGES
+                phase = (v_done // STAGES) & 1
+                v_done += 1
+                mbarrier.wait(v_free.index(stage), phase ^ 1)
+                if slot + BN > run_stop:
+                    mbarrier.expect(v_raw, v_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
-                        q_desc, [i_b, row + i * _ROWS, i_h, 0], q_full.index(i), q_s.index(i)
+                        v_desc, [i_c, slot, i_g, 0], v_raw, v_s.index(stage)
                     )
-            mbarrier.wait(v_free.index(stage), phase ^ 1)
-            if slot + BN > run_stop:
-                mbarrier.expect(v_raw, v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    v_desc, [i_c, slot, i_g, 0], v_raw, v_s.index(stage)
-                )
-                mbarrier.wait(v_raw, cleaned & 1)
-                cleaned += 1
-                _clean(v_s.index(stage).reshape([BN, D]), run_stop - slot, BN, D)
-                mbarrier.arrive(v_full.index(stage), count=1)
-            else:
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    v_desc, [i_c, slot, i_g, 0], v_full.index(stage), v_s.index(stage)
-                )
-            done += 1
+                    mbarrier.wait(v_raw, cleaned & 1)
+                    cleaned += 1
+                    _clean(v_s.index(stage).reshape([BN, D]), run_stop - slot, BN, D)
+                    mbarrier.arrive(v_full.index(stage), count=1)
+                else:
+                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        v_desc, [i_c, slot, i_g, 0], v_full.index(stage), v_s.index(stage)
+                    )
 
 
 # --- the consumers ---
@@ -154,35 +161,27 @@ def _softmax(
     FIRST: gl.constexpr, HAS_BIAS: gl.constexpr, BIAS_TO_BLOCK: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Return the new maximum, what old sums are worth under it, and the weights of unit `u`."""
-    T, S, H, block_size, sink, window = shape
+    T, ring, H, block_size, sink, window = shape
     before, end_first, end_last, begin_first, begin_last = ends
-    scale, bias, bias_start, bias_stop = weights
+    scale, bias, bias_unscaled, bias_start, bias_stop = weights
     slot, stop, shift = unit(u, runs, BN)
+    # the tokens of the first and, if all are of one kind, of the last slot
+    in_sink = slot + BN <= sink
+    token = slot + gl.where(in_sink, 0, shift)
+    edge = (slot + BN > stop) | (token + BN > end_first) | FIRST
+    edge = edge | ((in_sink == 0) & ((slot < sink) | (token < end_last - window)))
     extra = 0.0
-    if FIRST:
+    if HAS_BIAS:
+        stop_first = begin_first if BIAS_TO_BLOCK else bias_stop
+        stop_last = begin_last if BIAS_TO_BLOCK else bias_stop
+        inside = (token >= bias_start) & (token + BN <= stop_first)
+        outside = (token + BN <= bias_start) | (token >= stop_last)
+        edge = edge | ((inside | outside) == 0)
+        extra = gl.where(inside & (edge == 0), bias, 0.0)
+    if edge:
         b_x = mask(
             b_x, o_row, slot, stop, shift, before, shape, weights, HAS_BIAS, BIAS_TO_BLOCK, BN
         )
-    else:
-        # the tokens of the first and, if all are of one kind, of the last slot
-        in_sink = slot + BN <= sink
-        token = slot + gl.where(in_sink, 0, shift)
-        edge = (slot + BN > stop) | (token + BN > end_first)
-        edge = edge | ((in_sink == 0) & ((slot < sink) | (token < end_last - window)))
-        if HAS_BIAS:
-            stop_first = bias_stop
-            stop_last = bias_stop
-            if BIAS_TO_BLOCK:
-                stop_first = begin_first
-                stop_last = begin_last
-            inside = (token >= bias_start) & (token + BN <= stop_first)
-            outside = (token + BN <= bias_start) | (token >= stop_last)
-            edge = edge | ((inside | outside) == 0)
-            extra = gl.where(inside & (edge == 0), bias, 0.0)
-        if edge:
-            b_x = mask(
-                b_x, o_row, slot, stop, shift, before, shape, weights, HAS_BIAS, BIAS_TO_BLOCK, BN
-            )
     b_n = gl.maximum(b_m, gl.max(b_x, 1) * scale + extra)
     # a row that has seen nothing yet: -inf - -inf is NaN
     b_z = gl.where(b_n == _NEVER, 0.0, b_n)
@@ -356,13 +355,14 @@ def hopper_kernel(
     state,
     n_tile,
     T,
-    S,
+    ring,
     H,
     block_size,
     sink,
     window,
     scale,
     bias,
+    bias_unscaled,
     bias_start,
     bias_stop,
     GROUP: gl.constexpr,
@@ -401,8 +401,8 @@ def hopper_kernel(
     mbarrier.init(v_raw, count=1)
     fence_async_shared()
 
-    shape = (T, S, H, block_size, sink, window)
-    weights = (scale, bias, bias_start, bias_stop)
+    shape = (T, ring, H, block_size, sink, window)
+    weights = (scale, bias, bias_unscaled, bias_start, bias_stop)
     plan(n_tile, cache_seqlens, state, shape, BN, LANES)
     shared = (q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, v_full, v_free)
     device = (cache_seqlens, lse, parts, state)
@@ -461,8 +461,7 @@ def block_causal_attention(
     # a memset of 64 bytes a program: nothing is left over from a launch, or shared by two streams
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
     parts = query.new_empty((programs, 4, _ROWS.value * (dim + 2)), dtype=torch.float32)
-    on_gpu = query.device.type == "cuda"
-    with torch.cuda.device(query.device) if on_gpu else contextlib.nullcontext():
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         hopper_kernel[(programs,)](
             q_desc=descriptor(query, _ROWS.value),
             k_desc=descriptor(k_cache, launch.BN),
@@ -475,13 +474,15 @@ def block_causal_attention(
             state=state,
             n_tile=batch * heads * triton.cdiv(rows, ROWS.value),
             T=rows,
-            S=k_cache.shape[1],
+            # S - sink and bias / scale: made in the kernel, they would hold registers in every role
+            ring=k_cache.shape[1] - sink,
             H=heads,
             block_size=rows if block_size is None else min(block_size, rows),
             sink=sink,
             window=_NO_WINDOW if window is None else min(window, _NO_WINDOW),
             scale=softmax_scale * _LOG2E.value,
             bias=(bias or 0.0) * _LOG2E.value,
+            bias_unscaled=(bias or 0.0) / softmax_scale,
             bias_start=bias_start,
             bias_stop=bias_stop or 0,
             GROUP=heads // k_cache.shape[2],
@@ -515,6 +516,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     if arch != 90:
         return
     types = {"lse": "*fp32", "parts": "*fp32", "scale": "fp32", "bias": "fp32"}
+    types |= {"bias_unscaled": "fp32"}
     types |= dict.fromkeys(("cache_seqlens", "cache_batch_idx", "state"), "*i32")
     types |= dict.fromkeys(_SIZES, "i32")
     for dim, launch in config.HOPPER.items():

@@ -41,7 +41,7 @@ def tile(i_tile, cache_seqlens, shape, BN: gl.constexpr):
     row's blocks); the two runs (units of the low one, its stop, what turns a slot of the ring in it
     into a token; slot of unit 0 if all were in the high one, its stop, the same); the units.
     """
-    T, S, H, block_size, sink, window = shape
+    T, ring, H, block_size, sink, window = shape
     n_t = gl.cdiv(T, ROWS)
     i_bh = i_tile // n_t
     i_b = i_bh // H
@@ -54,14 +54,14 @@ def tile(i_tile, cache_seqlens, shape, BN: gl.constexpr):
     end_first = gl.minimum(length, begin_first + block_size)
     end_last = gl.minimum(length, begin_last + block_size)
 
-    ring = S - sink
     low = gl.maximum(gl.maximum(sink, length - ring), end_first - window)
     # the window reaches the sink, and the ring has not wrapped: slots are tokens, in one run
     joined = low == sink
     low = gl.where(joined, 0, low)
     count = gl.maximum(end_last - low, 0)
-    begin = gl.where(joined, 0, sink + (low - sink) % ring)
-    head = gl.minimum(count, S - begin)
+    turn = (low - sink) % ring
+    begin = gl.where(joined, 0, sink + turn)
+    head = gl.where(joined, count, gl.minimum(count, ring - turn))
     in_sink = gl.maximum(gl.minimum(sink, end_last), 0)
     low_stop = gl.where(joined, count, in_sink + count - head)
     low_shift = gl.where(joined, 0, low + head - sink)
@@ -100,20 +100,20 @@ def mask(
     HAS_BIAS: gl.constexpr, BIAS_TO_BLOCK: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Return the logits of a unit with the bias on some keys, and -inf where a row sees no key."""
-    T, S, H, block_size, sink, window = shape
-    scale, bias, bias_start, bias_stop = weights
+    T, ring, H, block_size, sink, window = shape
+    scale, bias, bias_unscaled, bias_start, bias_stop = weights
     o_k = gl.arange(0, BN, gl.SliceLayout(0, b_x.type.layout))
     o_begin = before + o_row // block_size * block_size
     o_end = gl.minimum(before + T, o_begin + block_size)
-    m_sink = (o_k < sink - slot)[None, :]
     if HAS_BIAS:
+        m_sink = _less(o_k, gl.zeros_like(o_row) + (sink - slot))
         o_first = gl.zeros_like(o_row) + (bias_start - slot)
         o_last = gl.zeros_like(o_row) + (bias_stop - slot)
         if BIAS_TO_BLOCK:
             o_last = o_begin - slot
         m_b = _less(o_k, o_last - shift) & (_less(o_k, o_first - shift) == 0) & (m_sink == 0)
         m_b = m_b | (_less(o_k, o_last) & (_less(o_k, o_first) == 0) & m_sink)
-        b_x = gl.where(m_b, b_x + bias / scale, b_x)
+        b_x = gl.where(m_b, b_x + bias_unscaled, b_x)
     # a row sees keys of the sink before its first stop, and keys of the ring in [low, high)
     o_sink = gl.minimum(gl.minimum(sink, stop), o_end) - slot
     o_low = gl.maximum(sink, o_end - window - shift) - slot
@@ -183,6 +183,8 @@ def plan(n_tile, cache_seqlens, state, shape, BN: gl.constexpr, LANES: gl.conste
     gl.store(p_plan + 4, stop - last_begin)
     gl.store(p_plan + 5, gl.sum((m_c & (b_stop <= first_begin)).to(gl.int32), 0))
     gl.store(p_plan + 6, gl.sum((m_c & (b_stop < last_end)).to(gl.int32), 0))
+    # the stride of whole tiles: kept here, it takes no register from the partitions
+    gl.store(p_plan + 7, n_program)
 
 
 @gluon.jit
@@ -196,7 +198,7 @@ def segment(s, cache_seqlens, state, shape, BN: gl.constexpr):
     """Return segment `s`: what `tile` returns, and the units [first, stop) that it has of it."""
     p_plan = state + gl.program_id(0) * STATE + PLAN
     whole = gl.load(p_plan + 1)
-    wave = gl.program_id(0) + s * gl.num_programs(0)
+    wave = gl.program_id(0) + s * gl.load(p_plan + 7)
     i_tile = gl.where(s < whole, wave, gl.load(p_plan + 2) + s - whole)
     place, ends, runs, n_unit = tile(i_tile, cache_seqlens, shape, BN)
     first = gl.where(s == whole, gl.load(p_plan + 3), 0)

@@ -202,11 +202,11 @@ def test_rows_that_see_no_key_give_zero() -> None:
 
 @gluon.jit
 def plan_kernel(
-    n_tile, cache_seqlens, state, T, S, H, block_size, sink, window,
+    n_tile, cache_seqlens, state, T, ring, H, block_size, sink, window,
     BN: gluon.language.constexpr, LANES: gluon.language.constexpr,
 ):  # fmt: skip
     """Write each program's plan."""
-    shape = (T, S, H, block_size, sink, window)
+    shape = (T, ring, H, block_size, sink, window)
     plan(n_tile, cache_seqlens, state, shape, BN, LANES)
 
 
@@ -216,7 +216,8 @@ def planned(
     """Each program's segments (tile, first unit, stop), and its plan as it stands in the state."""
     state = torch.zeros(programs, STATE.value, dtype=torch.int32)
     lengths = torch.tensor(case.lengths, dtype=torch.int32)
-    shape = (case.rows, case.slots, case.heads, case.block_size or case.rows, case.sink)
+    ring = case.slots - case.sink
+    shape = (case.rows, ring, case.heads, case.block_size or case.rows, case.sink)
     GluonLane(resident=1).launch(
         plan_kernel,
         (programs,),

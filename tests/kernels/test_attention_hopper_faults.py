@@ -49,9 +49,9 @@ def lines(*found: str) -> str:
     return "".join(f"{line}\n" for line in found)
 
 
-K_FREE = "            mbarrier.wait(k_free.index(stage), phase ^ 1)\n"
-V_FREE = "            mbarrier.wait(v_free.index(stage), phase ^ 1)\n"
-Q_FREE = "                    mbarrier.wait(q_free.index(i), (s & 1) ^ 1)\n"
+K_FREE = "                mbarrier.wait(k_free.index(stage), phase ^ 1)\n"
+V_FREE = "                mbarrier.wait(v_free.index(stage), phase ^ 1)\n"
+Q_FREE = "            mbarrier.wait(q_free.index(i), (s & 1) ^ 1)\n"
 V_FULL = "            mbarrier.wait(v_full.index(v_stage), v_phase)\n"
 K_FULL = "            mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)\n"
 QK_DONE = "            b_x = warpgroup_mma_wait(1, deps=(b_x,))\n"
@@ -80,21 +80,21 @@ PLANTED: dict[str, tuple[str, str, str | None]] = {
     "full V not awaited": (V_FULL, "", "nothing waits for|never written"),
     "full K not awaited": (K_FULL, "", "nothing waits for|never written"),
     "free V not awaited": (V_FREE, "", "written by|deadlock|waits for"),
-    "free Q not awaited": (Q_FREE, "", "is written by"),
+    "free Q not awaited": (Q_FREE, "", "is written by|more came"),
     "Q K not awaited": (QK_DONE, QK_DONE.replace("1", "2"), "before warpgroup_mma_wait"),
     "P V not awaited": (PV_DONE, PV_DONE.replace("0", "1"), "before warpgroup_mma_wait"),
     "tail of V not cleaned": (CLEAN, "pass", None),
     "tail of V cleaned a row late": (CLEAN, CLEAN.replace("slot", "slot + 1"), None),
     "tail of V not fenced": (CLEAN_FENCE, CLEAN_FENCE.split("\n")[0] + "\n", "no fence_async"),
     "raw V not awaited": (
-        "                mbarrier.wait(v_raw, cleaned & 1)\n",
+        "                    mbarrier.wait(v_raw, cleaned & 1)\n",
         "",
         "nothing waits for|never written",
     ),
     "output not fenced": (OUT_FENCE, OUT_FENCE.split("\n")[1], "no fence_async_shared"),
     "no rescale of O": ("b_o = _rows(b_o, b_a)\n", "pass\n", None),
     "no rescale of the sum": ("b_l = b_l * b_a + gl.sum", "b_l = b_l + gl.sum", None),
-    "masks left out": ("        if edge:\n", "        if edge & False:\n", None),
+    "masks left out": ("    if edge:\n", "    if edge & False:\n", None),
     "merge without weights": (MERGE, "b_o = b_o + b_po", None),
     "merge leaves one out": ("range(c_first, c_last + 1)", "range(c_first, c_last)", None),
     "merged by the last but one": (
