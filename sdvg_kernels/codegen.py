@@ -71,9 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA kernels out")
     options = parser.parse_args(arguments)
     archs = [int(name[3:]) for name in options.arch or names]
-    if os.environ.pop("TRITON_INTERPRET", None):
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    if interpreting:
         print("codegen: TRITON_INTERPRET is ignored", file=sys.stderr)
+    try:
+        return _check_all(archs, options)
+    finally:
+        # whoever calls this from Python goes on as before
+        if interpreting is not None:
+            os.environ["TRITON_INTERPRET"] = interpreting
 
+
+def _check_all(archs: list[int], options: argparse.Namespace) -> int:
     start = time.perf_counter()
     holding = [room for room in rooms() if hasattr(importlib.import_module(room), "compilations")]
     silent = sorted({*rooms()} - {*holding})
@@ -107,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def rooms() -> list[str]:
-    """Return the modules that hold kernels: each op folder's `kernel` and `hopper`."""
-    found = (path for stem in ("kernel", "hopper") for path in _PACKAGE.glob(f"*/{stem}.py"))
+    """Return the modules that hold kernels: each op folder's `kernel` and `hopper*`."""
+    found = (path for stem in ("kernel", "hopper*") for path in _PACKAGE.glob(f"*/{stem}.py"))
     return sorted(f"sdvg_kernels.{path.parent.name}.{path.stem}" for path in found)
 
 

@@ -96,7 +96,10 @@ def test_a_room_without_compilations_fails_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(codegen, "rooms", lambda: ["sdvg_kernels._budget"])
+    before = dict(os.environ)
     assert codegen.main(["--kernel", "none", "--no-cuda"]) == 1
+    # once it left the interpreter off for whatever ran after it
+    assert dict(os.environ) == before
     assert "_budget must export compilations(arch), got none" in capsys.readouterr().err
 
 
