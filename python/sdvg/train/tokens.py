@@ -66,7 +66,13 @@ LLAMA = {
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 # until this share of the steps: clips of a batch, frames of a clip, slots of a clip
-PHASES = ((0.15, 16, 3, 256), (0.85, 8, FRAMES, 600), (1.0, 4, FRAMES, 4096))
+PHASES = (
+    (0.15, 16, 3, 256),
+    (0.8, 8, FRAMES, 600),
+    # all slots from here on; most of what is left to learn lies in frame 0
+    (0.95, 14, 2, 4096),
+    (1.0, 4, FRAMES, 4096),
+)
 
 
 class Quantised(nn.Module):
@@ -302,14 +308,15 @@ def thin(ids: Tensor, dark: int, codes: int, length: int, g: torch.Generator) ->
 def train_model(
     vq: VQModel, runs: Path, *, steps: int, resume: bool, seed: int = 12
 ) -> LlamaForCausalLM:
-    """The trained model: short clips first, then whole ones thinned out, then all slots.
+    """The trained model: clips thinned out first, short then long; then all slots (`PHASES`).
 
     Frame 0, which has everything to invent, weighs three times its share. A few codes of the
     context are those of a near miss, so that the model goes on from its own.
     """
     torch.manual_seed(seed)
-    models = VideoTokens(vq, None, load_text())
-    model = build(models.codes + len(models.text) + len(ACTIONS))
+    text = load_text()
+    model = build(vq.config.num_vq_embeddings + len(text) + len(ACTIONS))
+    models = VideoTokens(vq, model, text)
     # training gave the dark a code alone
     shown = _frames(load_scans(), 64, torch.Generator().manual_seed(seed))
     dark = int(models.encode(shown[:, 0] / 2 + 0.5).flatten().mode().values)
