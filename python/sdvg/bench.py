@@ -298,6 +298,9 @@ class _Original:
         size, new, end = self.key.shape[1], key.shape[1], start + key.shape[1]
         global_end, local_end = self.ends[0].item(), self.ends[1].item()
         evicted = 0
+        if start > global_end:
+            # the loop left out blocks that can change nothing any more, and so can what is older
+            global_end, local_end = start, 0
         if end > global_end and new + local_end > size:
             evicted = new + local_end - size
             for cache in (self.key, self.value):

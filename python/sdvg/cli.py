@@ -130,12 +130,16 @@ def bench_loop(args: argparse.Namespace) -> int:
     settings = {
         "variants": args.variants, "acceptances": args.acceptance, "blocks": args.blocks
     }  # fmt: skip
-    for row in bench.measure(parts, **settings):
-        rows.append(row)
-        print(bench.table([row]).splitlines()[-1], file=sys.stderr)
-    print(bench.table(rows))
-    if args.out is not None:
-        bench.write(args.out, rows)
+    with Aside() as aside:
+        # before minutes of measuring, not after
+        out = None if args.out is None else aside.create(args.out)
+        for row in bench.measure(parts, **settings):
+            rows.append(row)
+            print(bench.table([row]).splitlines()[-1], file=sys.stderr)
+        print(bench.table(rows))
+        if out is not None:
+            bench.write(out, rows)
+        aside.keep()
     return 0
 
 

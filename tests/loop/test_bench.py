@@ -41,6 +41,12 @@ def test_all_variants_are_measured_against_their_own_target(parts: Parts) -> Non
     assert rows[2].target_ms < rows[1].target_ms
 
 
+def test_the_original_follows_where_the_loop_leaves_blocks_out(parts: Parts) -> None:
+    """Kept blocks beyond the target's reach are never written: its shifted cache overran."""
+    rows = list(bench.measure(parts, variants=("eager", "original"), acceptances=(0.8,), blocks=9))
+    assert all(row.difference < 1e-4 for row in rows)
+
+
 def test_a_variant_that_gives_another_video_gets_no_figure(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +77,7 @@ def test_the_command_prints_a_table_and_writes_csv(
             "bench: Wan's sizes need a GPU, got cpu; --models tiny runs anywhere",
         ),
         (["--models", "tiny", "--acceptance", "2"], "acceptance must lie in [0, 1], got [2.0]"),
+        (["--models", "tiny", "--out", "/no/such/folder/rows.csv"], "rows.csv cannot be written"),
         (["--models", "tiny", "--variants", "slow"], "variants must be among original, eager"),
     ],
 )
