@@ -106,7 +106,10 @@ class CachedModel:
 
         def draw(step: int) -> Tensor:
             drawn = noise.normal(shape, seed=seed, sequences=ids, block=index, step=step)
-            return drawn.to(model.device, wide)
+            if model.device.type == "cuda":
+                # from pageable memory the host would wait for all that the stream has to do yet
+                drawn = drawn.pin_memory()
+            return drawn.to(model.device, wide, non_blocking=True)
 
         latents = draw(0)
         for step, timestep in enumerate(self.schedule.steps(index)):
@@ -161,6 +164,9 @@ class CachedModel:
     def _index(self, group: list[int]) -> Tensor | None:
         return None if len(group) == len(self.written) else torch.tensor(group)
 
-    @staticmethod
-    def _join(blocks: Sequence[Tensor] | Mapping[int, Tensor], first: int, last: int) -> Tensor:
-        return torch.cat([blocks[block] for block in range(first, last)], dim=1)
+    def _join(
+        self, blocks: Sequence[Tensor] | Mapping[int, Tensor], first: int, last: int
+    ) -> Tensor:
+        # given latents and drafts may lie on two devices
+        device = self.model.device
+        return torch.cat([blocks[block].to(device) for block in range(first, last)], dim=1)

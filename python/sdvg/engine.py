@@ -146,6 +146,13 @@ class SDVG:
             raise ValueError(
                 f"sdvg: drafter_cache must be 'own' or 'synced', got {self.drafter_cache!r}"
             )
+        for name in ("schedule", "drafter_schedule"):
+            if not isinstance(given := getattr(self, name), Schedule):
+                raise TypeError(
+                    f"sdvg: {name} must be a Schedule or a preset's name, got {given!r}"
+                )
+        if not isinstance(self.run_ahead, int):
+            raise TypeError(f"sdvg: run_ahead must be an integer, got {self.run_ahead!r}")
         if self.run_ahead < 0 or (self.run_ahead and self.drafter_cache == "synced"):
             raise ValueError(
                 "sdvg: run_ahead must be 0 unless the drafter goes on from its own drafts, "
@@ -198,6 +205,9 @@ class Generation(Iterator[Block]):
         self._clock = Clock()
         self._drafter = self._target = None
         if sdvg.drafter is not None:
+            if sdvg.drafter.device.type == "cuda":
+                # drafts ahead of a video that was left may still be at work in the cache
+                torch.cuda.synchronize(sdvg.drafter.device)
             self._drafter = CachedModel(
                 sdvg.drafter, sdvg.drafter_schedule, self.prompts, stage="draft"
             )
@@ -412,7 +422,8 @@ class Generation(Iterator[Block]):
     def _score(self, frames: Tensor, index: int) -> Tensor:
         with self._clock.stage("score", len(frames), frames.device):
             try:
-                rewards = self.sdvg.scorer(frames, self.prompts)
+                with torch.no_grad():
+                    rewards = self.sdvg.scorer(frames, self.prompts)
             except Exception as error:
                 raise RuntimeError(f"sdvg: the scorer failed at block {index}: {error}") from error
         if not isinstance(rewards, Tensor):

@@ -308,6 +308,50 @@ def test_presets_are_the_published_timesteps() -> None:
     assert not diagonal.clean_pass
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"schedule": [1000.0]}, r"schedule must be a Schedule or a preset's name, got \[1000.0\]"),
+        ({"run_ahead": 1.5}, "run_ahead must be an integer, got 1.5"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_named_in_one_sentence(
+    options: dict[str, object], text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
+        engine(**options)
+
+
+def test_a_scorer_builds_no_graph_of_gradients() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
+
+    def scorer(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        rewards = brightness(frames, prompts) * weight
+        seen.append(rewards.requires_grad)
+        return rewards
+
+    list(engine(scorer=scorer).generate(["a"], num_blocks=3))
+    assert seen == [False, False]
+
+
+def test_a_video_waits_for_drafts_that_ran_ahead_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They went on in the cache that the next video had begun to fill."""
+    events = []
+
+    class Elsewhere(ConstantModel):
+        device = torch.device("cuda", 0)
+
+        def start(self, prompts: Sequence[str]) -> None:
+            events.append("start")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(str(device)))
+    engine(drafter=Elsewhere()).generate(["a"])
+    assert events == ["cuda:0", "start"]
+
+
 def test_going_on_with_an_older_generation_is_refused() -> None:
     loop = engine()
     older = loop.generate(["a"], num_blocks=3)
