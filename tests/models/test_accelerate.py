@@ -169,6 +169,38 @@ def test_graphs_are_captured_again_when_the_cache_or_the_table_is_another() -> N
             assert fused.graphs.captured == captured
 
 
+def test_graphs_are_captured_again_when_the_prompts_keys_or_the_weights_have_moved() -> None:
+    """A graph holds addresses: of keys of another length, or of weights that went away and back."""
+    _, fused = both(torch.float32)
+    fused.graphs = FrozenGraphs(fused)
+    part, encode = torch.randn(3, *fused.block_shape), fused._encode
+
+    def move(model: CausalWan) -> None:
+        for parameter in model.transformer.parameters():
+            parameter.data = parameter.data.clone()
+
+    def lengthen(model: CausalWan) -> None:
+        model._encode = lambda prompts: torch.cat((encode(prompts), encode(prompts)), dim=1)
+
+    for change, captured in ((None, 1), (None, 1), (lengthen, 2), (None, 2), (move, 3), (None, 3)):
+        if change is not None:
+            change(fused)
+        fused.start(PROMPTS)
+        fused.denoise(part, 500.0, start_frame=0)
+        assert fused.graphs.captured == captured
+
+
+def test_a_fused_models_weights_are_saved_and_loaded_under_the_stock_names() -> None:
+    plain, fused = both(torch.float32)
+    other = tiny_wan(seed=4, layers=3).accelerate()
+    state = fused.transformer.state_dict()
+    assert set(state) == set(plain.transformer.state_dict())
+    other.transformer.load_state_dict(state)
+    latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:])
+    for mine, theirs in zip(run(other, latents), run(fused, latents), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_without_a_gpu_graphs_say_why_they_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
     from sdvg.models import accelerate as room
 

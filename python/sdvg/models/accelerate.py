@@ -94,6 +94,22 @@ def _fuse(attn: nn.Module) -> None:
         (attn.to_q, attn.to_k, attn.to_v), weights, biases, strict=True
     ):
         linear.weight.data, linear.bias.data = weight, bias
+    # files keep the names that the stock model reads
+    attn.register_state_dict_post_hook(_separate)
+    attn.register_load_state_dict_pre_hook(_join)
+
+
+def _separate(attn: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    if hasattr(attn, "to_q"):
+        for part in ("weight", "bias"):
+            state.pop(f"{prefix}to_qkv.{part}", None)
+
+
+def _join(attn: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for part in ("weight", "bias"):
+        separate = [state.get(f"{prefix}to_{name}.{part}") for name in "qkv"]
+        if all(value is not None for value in separate):
+            state.setdefault(f"{prefix}to_qkv.{part}", torch.cat(separate))
 
 
 class _NoRope(nn.Module):
@@ -224,7 +240,26 @@ class Graphs:
         self._graphs: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Tensor]]] = {}
         # the cache and the table that they were captured with
         self._stamp: tuple[Tensor, ...] = ()
+        # of the weights and of the prompt's keys
+        self._addresses: tuple[int, ...] = ()
         self._pool: object = None
+        # one for all captures: freed memory of a pool serves only the stream that it came from
+        self._stream: torch.cuda.Stream | None = None
+
+    def start(self) -> None:
+        """Begin a video: drop what was captured if weights or the prompt's keys lie elsewhere."""
+        transformer = self.model.transformer
+        tensors = [*transformer.parameters(), *transformer.buffers()]
+        for block in transformer.blocks:
+            tensors += [block.attn2.processor.key, block.attn2.processor.value]
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if self._addresses != addresses:
+            self._drop()
+            self._addresses = addresses
+
+    def _drop(self) -> None:
+        # a pool whose graphs are gone takes no new ones
+        self._graphs, self._stamp, self._pool = {}, (), None
 
     def __call__(
         self,
@@ -244,7 +279,8 @@ class Graphs:
             a is not b for a, b in zip(self._stamp, stamp, strict=True)
         ):
             # the graphs hold the addresses of tensors that are gone
-            self._graphs, self._stamp = {}, stamp
+            self._drop()
+            self._stamp = stamp
         inputs = [hidden, *embedded] + ([] if rows is None else [rows])
         key = (tuple(hidden.shape), len(inputs))
         if key not in self._graphs:
@@ -272,7 +308,7 @@ class Graphs:
     def _capture(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Run `forward` until nothing is made for the first time, capture it, return the replay."""
         device = self.model.device
-        stream = torch.cuda.Stream(device)
+        self._stream = stream = self._stream or torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):

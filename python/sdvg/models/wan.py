@@ -123,7 +123,7 @@ class CausalWan:
     @property
     def installed(self) -> bool:
         """Whether the transformer still runs for this model: another around it takes it over."""
-        return self.transformer.blocks[0].attn1.processor.model is self
+        return getattr(self.transformer.blocks[0].attn1.processor, "model", None) is self
 
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> CausalWan:
         """Run the blocks on the fused ops from now on; see `sdvg.accelerate`. Returns self."""
@@ -134,6 +134,10 @@ class CausalWan:
             self.graphs = Graphs(self)
         return self
 
+    def release(self) -> None:
+        """Let go of the cache and of captured graphs, gigabytes of the device's memory."""
+        self.cache = self.graphs = None
+
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Return (frames, height, width) of a pass over `tokens` tokens."""
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -143,6 +147,7 @@ class CausalWan:
     @torch.no_grad()
     def start(self, prompts: Sequence[str]) -> None:
         """Encode `prompts` and empty the cache for one sequence each."""
+        self._require_installed()
         config = self.transformer.config
         frames = self.block_shape[0]
         # a block's own frames are part of the window, so a pass of n blocks needs n - 1 more
@@ -175,6 +180,8 @@ class CausalWan:
         embedded = self.transformer.condition_embedder.text_embedder(text)
         for block in self.transformer.blocks:
             block.attn2.processor.start(block.attn2, embedded)
+        if self.graphs is not None:
+            self.graphs.start()
 
     def denoise(
         self, latents: Tensor, timestep: float, *, start_frame: int, rows: Tensor | None = None
@@ -195,6 +202,13 @@ class CausalWan:
         """Commit what the last `denoise` at `start_frame` staged."""
         self._commit(start_frame, self.block_shape[0], rows)
 
+    def _require_installed(self) -> None:
+        if not self.installed:
+            raise RuntimeError(
+                "wan: the transformer runs for another CausalWan that was made around it later; "
+                "make this one anew, or load the transformer twice"
+            )
+
     def _commit(self, start_frame: int, frames: int, rows: Tensor | None) -> None:
         self.cache.seek(start_frame * self.frame_tokens, rows)
         self.cache.commit(frames * self.frame_tokens, None if rows is None else rows.int())
@@ -203,6 +217,7 @@ class CausalWan:
     def _forward(
         self, latents: Tensor, timestep: float, start_frame: int, rows: Tensor | None
     ) -> Tensor:
+        self._require_installed()
         end = start_frame + latents.shape[1]
         if self.window_frames is None and end > self.max_frames:
             raise ValueError(
