@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from sdvg.commit import Recompute
 from sdvg.engine import SDVG, Generation
+from sdvg.models.accelerate import Fp8Linear
 from sdvg.models.checkpoints import load_transformer
 from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
@@ -123,7 +124,6 @@ class SDVGPipeline(DiffusionPipeline):
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> SDVGPipeline:
         """Run both transformers on the fused ops from the next video on; see `sdvg.accelerate`."""
         self._acceleration = {"graphs": graphs, "fp8": fp8}
-        self._models.clear()
         return self
 
     @classmethod
@@ -197,7 +197,17 @@ class SDVGPipeline(DiffusionPipeline):
         return cls(**parts, scorer=scorer, **sizes)
 
     def save_pretrained(self, folder: str | Path, **options: object) -> None:
-        """Write every part in diffusers' layout; a scorer too, if it has `save_pretrained`."""
+        """Write every part in diffusers' layout; a scorer too, if it has `save_pretrained`.
+
+        Raises ValueError for weights in e4m3: no reader of that layout knows them.
+        """
+        for name in ("drafter", "transformer"):
+            part = getattr(self, name)
+            if part is not None and any(isinstance(m, Fp8Linear) for m in part.modules()):
+                raise ValueError(
+                    f"pipeline: {name} must have its own weights to be saved, got e4m3; "
+                    "save before accelerate(fp8=True)"
+                )
         super().save_pretrained(folder, **options)
         if hasattr(self.scorer, "save_pretrained"):
             self.scorer.save_pretrained(Path(folder) / "scorer")
@@ -235,15 +245,21 @@ class SDVGPipeline(DiffusionPipeline):
                 be 9, 21, 33, ... frames for blocks of three latent frames.
             height, width: pixels, multiples of 16.
             tau, router: the threshold of `Reward`, or any other router.
-            generator: its seed, or the seed itself, keys the noise; None: a random seed.
+            generator: its seed, or the seed itself, keys the noise; None: a seed is drawn from
+                torch's default generator.
             schedule, drafter_schedule, commit, drafter_cache, force_first, run_ahead, preview: see
                 `SDVG`; a preview is `sdvg.models.vae.TinyDecoder`, say.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, in one sentence.
         """
-        prompts = [_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        height, width = height or self.config.height, width or self.config.width
+        texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+        prompts = [_clean(text) for text in texts]
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, int):
+                raise TypeError(f"pipeline: {name} must be an integer, got {size!r}")
         given = self._given(image, video, len(prompts), height, width)
         loop = SDVG(
             self._causal("drafter", height, width, self.config.drafter_window_frames),
@@ -333,10 +349,13 @@ class SDVGPipeline(DiffusionPipeline):
                 raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
         # an offloaded model runs elsewhere than it lies; others run where the user has put them
         device = self._execution_device if hasattr(transformer, "_hf_hook") else None
-        key = (transformer, height, width, device)
+        key = (transformer, height, width, device, self._acceleration)
         known, model = self._models.get(part, (None, None))
         # a second pipeline may have taken a shared transformer over
         if known != key or not model.installed:
+            if model is not None:
+                # the latest video still holds it
+                model.release()
             model = CausalWan(
                 transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
                 frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
@@ -391,7 +410,8 @@ def _clean(text: object) -> object:
 
 def _seed(generator: torch.Generator | int | None) -> int:
     if generator is None:
-        return torch.seed() % 2**63
+        # from torch's own generator: `torch.manual_seed` fixes the video
+        return int(torch.randint(2**63 - 1, ()))
     if isinstance(generator, torch.Generator):
         return generator.initial_seed()
     if not isinstance(generator, int):

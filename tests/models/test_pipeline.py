@@ -153,8 +153,9 @@ def test_html_and_blanks_in_a_prompt_do_not_matter(pipe: SDVGPipeline) -> None:
     ("options", "text"),
     [
         ({"output_type": "gif"}, "output_type must be one of np, pt, pil, latent, got 'gif'"),
+        ({"height": 0}, "height must be a multiple of 16, got 0"),
         ({"height": 40}, "height must be a multiple of 16, got 40"),
-        ({"width": 0, "height": 16, "video": torch.zeros(1, 10, 3, 16, 32)}, "9 \\+ n \\* 12"),
+        ({"height": 16, "video": torch.zeros(1, 10, 3, 16, 32)}, "9 \\+ n \\* 12"),
         ({"video": torch.zeros(3, 9, 3, 32, 32)}, "one for each of 1 prompts, got 3"),
         ({"image": torch.zeros(1, 3, 32, 32), "video": 1}, "must not both be given"),
         ({"prompt": ""}, "a prompt must not be empty"),
@@ -201,3 +202,85 @@ def test_offloaded_models_give_the_same_video(pipe: SDVGPipeline) -> None:
         hook.pre_forward = lambda *a, _b=before, _n=name, **k: (fired.append(_n), _b(*a, **k))[1]
     assert torch.equal(frames(fresh), frames(pipe))
     assert set(fired) == {"drafter", "transformer", "vae"}
+
+
+def test_without_a_generator_torchs_own_keys_the_noise(pipe: SDVGPipeline) -> None:
+    """`torch.seed()` gave another video each time and left the caller's generator reseeded."""
+    made, after = [], []
+    for _ in range(2):
+        torch.manual_seed(1)
+        made.append(frames(pipe, num_blocks=1, generator=None))
+        after.append(torch.rand(1))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(after[0], after[1])
+    assert not torch.equal(frames(pipe, num_blocks=1, generator=None), made[0])
+
+
+@pytest.mark.parametrize("options", [{"height": 32.0}, {"prompt": None}], ids=str)
+def test_a_wrong_type_is_named_in_one_sentence(
+    pipe: SDVGPipeline, options: dict[str, object]
+) -> None:
+    with pytest.raises(TypeError, match="must be a"):
+        pipe(**({"prompt": PROMPT} | options))
+
+
+def test_a_stream_whose_transformers_were_taken_over_is_refused(pipe: SDVGPipeline) -> None:
+    """It went on in the other one's cache, and spoilt both videos."""
+    other = SDVGPipeline(
+        **{name: getattr(pipe, name) for name in pipe.components if name != "scorer"},
+        scorer=pipe.scorer, height=32, width=32, max_sequence_length=24,
+    )  # fmt: skip
+    for later in (
+        lambda: other.stream(PROMPT, num_blocks=2, generator=0),
+        lambda: pipe.stream(PROMPT, num_blocks=2, generator=0, height=48),
+    ):
+        older = pipe.stream(PROMPT, num_blocks=3, generator=0)
+        next(older)
+        newer = later()
+        next(newer)
+        with pytest.raises(RuntimeError, match="another CausalWan that was made around it later"):
+            next(older)
+        next(newer)
+
+
+def test_models_of_another_size_let_go_of_their_caches(pipe: SDVGPipeline) -> None:
+    """The latest video's loop held them while the next one's were made: twice the memory."""
+    frames(pipe)
+    old = pipe._models["transformer"][1]
+    pipe.stream(PROMPT, height=48)
+    assert old.cache is None
+
+
+def test_accelerating_in_the_middle_of_a_stream_waits_for_the_next_video(
+    pipe: SDVGPipeline,
+) -> None:
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    stream = fresh.stream(PROMPT, num_blocks=2, generator=3)
+    first = next(stream).frames
+    accelerate(fresh)
+    assert torch.equal(torch.cat((first, next(stream).frames), 1), frames(pipe))
+    fresh.stream(PROMPT)
+    assert fresh._models["transformer"][1].rope_table is not None
+
+
+def test_an_accelerated_pipeline_is_saved_as_a_plain_one(
+    pipe: SDVGPipeline, tmp_path: Path
+) -> None:
+    fresh = accelerate(SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32))
+    fresh.set_progress_bar_config(disable=True)
+    frames(fresh, num_blocks=1)
+    fresh.save_pretrained(tmp_path)
+    again = SDVGPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert (frames(again) - frames(pipe)).abs().max() < 1e-4
+    frames(accelerate(fresh, fp8=True), num_blocks=1)
+    with pytest.raises(ValueError, match="drafter must have its own weights to be saved"):
+        fresh.save_pretrained(tmp_path / "fp8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_nearly_the_same_video(pipe: SDVGPipeline, dtype: torch.dtype) -> None:
+    """In float16 the squares in the decoder's norms overflowed: its frames were grey."""
+    half = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=dtype)
+    half.set_progress_bar_config(disable=True)
+    assert (frames(half) - frames(pipe)).abs().mean() < 0.01

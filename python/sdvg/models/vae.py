@@ -109,11 +109,17 @@ def _rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     """Return what `WanRMS_norm` does, to rounding.
 
     It goes through `torch.linalg.vector_norm`, which on a CPU walks the channels of each pixel one
-    by one: a third of the decoder's time.
+    by one: a third of the decoder's time. In half precision, whose squares overflow, it stays.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    power = hidden.square().sum(1 if norm.channel_first else -1, keepdim=True, dtype=wide)
-    out = hidden * (norm.scale / power.sqrt().clamp_min(1e-12)).to(hidden.dtype) * norm.gamma
+    axis = 1 if norm.channel_first else -1
+    if hidden.dtype == wide:
+        length = hidden.square().sum(axis, keepdim=True).sqrt()
+    else:
+        length = torch.linalg.vector_norm(hidden, dim=axis, keepdim=True, dtype=wide)
+    # finite in the narrow type too: a pixel of zeros stays zero
+    factor = (norm.scale / length.clamp_min(1e-12)).clamp_max(torch.finfo(hidden.dtype).max)
+    out = hidden * factor.to(hidden.dtype) * norm.gamma
     return out + norm.bias if isinstance(norm.bias, Tensor) else out
 
 
