@@ -276,6 +276,9 @@ HOPPER_FP8: dict[int, HopperLaunch] = {
 }
 
 
+# of the 16-bit kernel with every feature under Triton 3.7.1, none under 3.6: packed predicates and
+# scalars, once a segment, not in the loop over units
+HOPPER_SPILLS = 64
 # of the e4m3 kernel with every feature: scalars, once a segment, not in the loop over units
 HOPPER_FP8_SPILLS = 64
 

@@ -545,6 +545,6 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 divisible=("cache_seqlens", "cache_batch_idx", "lse", "parts", "state"),
                 num_warps=4,
                 num_stages=1,
-                budget=config.hopper_budget(launch),
+                budget=config.hopper_budget(launch, spill_bytes=config.HOPPER_SPILLS * full),
                 maxnreg=config.HOPPER_MAXNREG,
             )

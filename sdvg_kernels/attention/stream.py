@@ -106,13 +106,14 @@ def mask(
     o_begin = before + o_row // block_size * block_size
     o_end = gl.minimum(before + T, o_begin + block_size)
     if HAS_BIAS:
-        m_sink = _less(o_k, gl.zeros_like(o_row) + (sink - slot))
-        o_first = gl.zeros_like(o_row) + (bias_start - slot)
-        o_last = gl.zeros_like(o_row) + (bias_stop - slot)
+        # the biased tokens, as columns of the sink and as columns of the ring
+        o_first = gl.zeros_like(o_row) + bias_start - slot
+        o_last = gl.zeros_like(o_row) + bias_stop - slot
         if BIAS_TO_BLOCK:
             o_last = o_begin - slot
-        m_b = _less(o_k, o_last - shift) & (_less(o_k, o_first - shift) == 0) & (m_sink == 0)
-        m_b = m_b | (_less(o_k, o_last) & (_less(o_k, o_first) == 0) & m_sink)
+        m_b = _less(o_k, gl.minimum(o_last, sink - slot)) & (_less(o_k, o_first) == 0)
+        o_first = gl.maximum(o_first - shift, sink - slot)
+        m_b = m_b | (_less(o_k, o_last - shift) & (_less(o_k, o_first) == 0))
         b_x = gl.where(m_b, b_x + bias_unscaled, b_x)
     # a row sees keys of the sink before its first stop, and keys of the ring in [low, high)
     o_sink = gl.minimum(gl.minimum(sink, stop), o_end) - slot
