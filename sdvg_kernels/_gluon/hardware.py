@@ -31,25 +31,30 @@ class Hardware:
     # --- mbarrier ---
 
     def mbarrier_init(self, mbarrier: object, count: int) -> None:
+        """Start the barrier's phase 0."""
         mbarrier_of(mbarrier).init(int(count))
 
     def mbarrier_invalidate(self, mbarrier: object) -> None:
+        """Make every later use a fault."""
         mbarrier_of(mbarrier).invalidate()
 
     def mbarrier_expect(
         self, mbarrier: object, bytes_per_cta: int = 0, pred: object = True, **named: int
     ) -> None:
+        """Arrive, and expect bytes."""
         # Triton 3.6 says `bytes`
         if pred:
             mbarrier_of(mbarrier).arrive(1, int(named.get("bytes", bytes_per_cta)))
 
     def mbarrier_arrive(self, mbarrier: object, *, count: int = 1, pred: object = True) -> None:
+        """Arrive `count` times."""
         if pred:
             mbarrier_of(mbarrier).arrive(int(count))
 
     def mbarrier_wait(
         self, mbarrier: object, phase: int, pred: object = True, deps: object = ()
     ) -> None:
+        """Block until the phase of this parity has ended."""
         if pred:
             mbarrier_of(mbarrier).wait(int(phase))
 
@@ -64,6 +69,7 @@ class Hardware:
         pred: object = True,
         multicast: bool = False,
     ) -> None:
+        """Issue a copy that lands later; the stage is poison until then."""
         if multicast:
             raise LaneFault("the lane knows no multicast")
         if not pred:
@@ -95,6 +101,7 @@ class Hardware:
     def tma_async_copy_shared_to_global(
         self, tensor_desc: Descriptor, coord: list[int], src: Shared
     ) -> None:
+        """Issue a copy; no wait tells within the kernel that it has landed."""
         machine = self.machine
         if src.shape != tensor_desc.block_shape or src.dtype != tensor_desc.dtype:
             raise LaneFault(
@@ -116,6 +123,7 @@ class Hardware:
         machine.turn()
 
     def tma_store_wait(self, pendings: int) -> None:
+        """Wait until all but the last `pendings` copies have read shared memory."""
         task = self.machine.task
         while len(task.stores) > pendings:
             bit = 1 << task.stores.pop(0)
@@ -124,11 +132,13 @@ class Hardware:
     # --- wgmma ---
 
     def fence_async_shared(self, cluster: bool = False) -> None:
+        """Show this partition's own writes to TMA and wgmma."""
         task = self.machine.task
         task.known_async |= task.unfenced
         task.unfenced = 0
 
     def warpgroup_mma_init(self, value: Tile) -> Tile:
+        """Return what a product adds to."""
         return value
 
     def warpgroup_mma(
@@ -142,6 +152,7 @@ class Hardware:
         max_num_imprecise_acc: int | None = None,
         is_async: bool = False,
     ) -> Tile | Product:
+        """Issue a product: its operands are read from now until its wait."""
         machine, task = self.machine, self.machine.task
         if not isinstance(b, Shared) or not isinstance(a, Tile | Shared):
             raise LaneFault(f"wgmma takes shared memory or registers, and shared memory, got {a!r}")
@@ -175,6 +186,7 @@ class Hardware:
     def warpgroup_mma_wait(
         self, num_outstanding: int = 0, deps: tuple[Product | Tile, ...] | None = None
     ) -> object:
+        """Wait until `num_outstanding` products are in flight."""
         task = self.machine.task
         self.machine.turn()
         if deps is None:
