@@ -131,13 +131,20 @@ class SDVGPipeline(DiffusionPipeline):
         """Load a folder (or a Hub repository) that `save_pretrained` wrote.
 
         `options` are diffusers' (`torch_dtype`, ...) and replacements of any part:
-        `from_pretrained(folder, scorer=my_scorer)`.
+        `from_pretrained(folder, scorer=my_scorer)`. Raises ValueError where the folder names a
+        scorer of another package and none is passed.
         """
         if not Path(folder).is_dir():
             folder = cls.download(folder)
         index = json.loads((Path(folder) / "model_index.json").read_text())
         if "scorer" not in options and isinstance(index.get("scorer"), str):
             module, _, name = index["scorer"].rpartition(".")
+            if not module.startswith("sdvg."):
+                # a folder must not choose what code is run
+                raise ValueError(
+                    f"pipeline: {folder} names the scorer {index['scorer']}, which is not sdvg's; "
+                    "load it yourself and pass it: from_pretrained(folder, scorer=...)"
+                )
             scorer = getattr(importlib.import_module(module), name)
             options["scorer"] = scorer.from_pretrained(Path(folder) / "scorer")
         return super().from_pretrained(folder, **options)

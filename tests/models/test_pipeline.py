@@ -52,6 +52,12 @@ def test_what_is_saved_loads_whole(pipe: SDVGPipeline, tmp_path: Path) -> None:
     assert (frames(again) - frames(pipe)).abs().max() < 1e-4
 
 
+def test_a_folder_does_not_choose_what_code_is_run(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"scorer": "os.path.join"}')
+    with pytest.raises(ValueError, match="which is not sdvg's; load it yourself"):
+        SDVGPipeline.from_pretrained(tmp_path)
+
+
 def test_loose_checkpoints_make_the_same_pipeline(pipe: SDVGPipeline, tmp_path: Path) -> None:
     sizes = {name: pipe.config[name] for name in ("height", "width", "sink_frames")}
     loaded = SDVGPipeline.from_checkpoints(
