@@ -6,6 +6,8 @@ python -m sdvg_kernels.testing      # checks every implementation that this mach
 from __future__ import annotations
 
 import contextlib
+import functools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -201,6 +203,44 @@ def assert_within_budget(
     largest = exact[finite].abs().max().item()
     allowed += 4 * rounding * max(largest, 1.0) if rounding < 2**-22 else rounding * largest
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@functools.cache
+def fails_alone(implementation: str, seconds: float = 90.0) -> str:
+    """Return "" or how attention by `implementation` fails on this GPU in a process of its own.
+
+    A kernel that waits for ever ends with its process alone: what no GPU has run yet is tried so
+    before others share a process with it. Tiles of several key blocks fill the machine more than
+    once: where programs share tiles, that is part of it.
+    """
+    code = f"from sdvg_kernels import testing; testing._attend_alone({implementation!r})"
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"it did not come back within {seconds:g} s"
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return f"it failed in a process of its own: {said[-1]}" if done.returncode else ""
+
+
+def _attend_alone(implementation: str) -> None:
+    """Assert that one frame of Wan 1.3B over three is within its budget."""
+    random = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, tokens, 12, 128, generator=random, device="cuda").bfloat16()
+        for tokens in (1560, 4680, 4680)
+    )
+    lengths = torch.full((1,), 4680, dtype=torch.int32, device="cuda")
+    out = block_causal_attention(query, key, value, lengths, implementation=implementation)
+    plain, exact = (
+        block_causal_attention(
+            *(tensor.to(dtype) for tensor in (query, key, value)),
+            lengths,
+            implementation="reference",
+        )
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    assert_within_budget(out, plain, exact)
 
 
 # --- self-check ---

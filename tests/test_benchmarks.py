@@ -231,6 +231,19 @@ def test_what_computes_in_eight_bits_has_rows_of_its_own(monkeypatch: pytest.Mon
     assert [row.implementation for row in bench.rows] == ["reference", "sdpa"]
 
 
+def test_a_kernel_that_fails_alone_costs_nobody_else_his_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = {"triton": "", "hopper": "", "reference": ""}
+    monkeypatch.setattr(bench_attention, "implementations", lambda: {"attention": served})
+    for reason in ("it did not come back within 60 s", ""):
+        monkeypatch.setattr(bench_attention, "fails_alone", lambda *_, reason=reason: reason)
+        shape = Shape(1, 12, 2, 36, 36, dim=64)
+        names, _, left_out = bench_attention._who(shape, torch.device("cuda"), False)
+        assert names == (["triton"] if reason else ["triton", "hopper"])
+        assert left_out.get("hopper", "") == reason
+
+
 def _rounded(steps: int) -> Attention:
     """Return an attention whose output is rounded to multiples of 0.25 / steps."""
 

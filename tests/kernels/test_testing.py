@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sdvg_kernels import testing
 
@@ -36,3 +37,13 @@ def test_the_self_check_fails_where_an_op_is_wrong(
     )
     assert testing.main() == 1
     assert "WRONG: k_cache is not what the reference leaves" in capsys.readouterr().out
+
+
+def test_what_fails_in_a_process_of_its_own_says_how() -> None:
+    # here it needs a GPU; there it is no implementation
+    name = "reference" if not torch.cuda.is_available() else "none"
+    assert testing.fails_alone(name).startswith("it failed in a process of its own: ")
+
+
+def test_what_waits_for_ever_is_ended() -> None:
+    assert testing.fails_alone("reference", 0.01) == "it did not come back within 0.01 s"
