@@ -258,14 +258,23 @@ def forward(
             end = start + key.shape[2]
             memory.keys[i, :, :, start:end], memory.values[i, :, :, start:end] = key, value
             key, value = memory.keys[i, :, :, :end], memory.values[i, :, :, :end]
-        shared = attn.num_key_value_groups
-        key, value = (part.repeat_interleave(shared, 1) for part in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1)
+        out = _attend(query, key, value)
         x = x + attn.o_proj(out.transpose(1, 2).flatten(2))
         n = _rms(layer.post_attention_layernorm, x).to(inner)
         mlp = layer.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(n)) * mlp.up_proj(n))
     return model.lm_head(_rms(model.model.norm, x))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention ``[B, H, L, 64]`` of as many last slots as there are queries, all or one."""
+    if query.shape[2] == 1:
+        # heads that share keys stand in as queries: nothing of the memory is copied
+        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+        return F.scaled_dot_product_attention(grouped, key, value).flatten(1, 2).unsqueeze(2)
+    shared = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(shared, 1) for part in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def _rms(norm: nn.Module, x: Tensor) -> Tensor:
