@@ -1,4 +1,4 @@
-"""TMA descriptors of [B, T, H, D] tensors of 16-bit elements, made once and kept."""
+"""TMA descriptors of tensors [., ., ., .] of 16 and 8 bits, made once and kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-# what TMA writes and wgmma reads: rows of 128 bytes, swizzled
-LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 class _Address(NamedTuple):
@@ -23,43 +20,63 @@ class _Address(NamedTuple):
         return self.address
 
 
+def swizzled(itemsize: int, columns: int) -> NVMMASharedLayout:
+    """Return what TMA writes and wgmma reads: rows of up to 128 bytes, swizzled."""
+    width = min(128, itemsize * columns)
+    return NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * itemsize, rank=4)
+
+
+# rows of D = 64 or 128 elements of 16 bits
+LAYOUT = swizzled(2, 64)
+
+
 @functools.lru_cache(maxsize=1024)
 def _kept_descriptor(
-    base: _Address, shape: torch.Size, strides: tuple[int, ...], rows: int
+    base: _Address, shape: torch.Size, strides: tuple[int, ...], tile: tuple[int, ...]
 ) -> TensorDescriptor:
     """Return the descriptor of what lies at `base`, made once."""
-    return _make_descriptor(base, shape, strides, rows)
+    return _make_descriptor(base, shape, strides, tile)
 
 
 def _make_descriptor(
-    base: torch.Tensor | _Address, shape: torch.Size, strides: tuple[int, ...], rows: int
+    base: torch.Tensor | _Address,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    tile: tuple[int, ...],
 ) -> TensorDescriptor:
-    """Return a descriptor of [B, T, H, D] whose tile is [1, rows, 1, D]."""
+    """Return a descriptor of a tensor whose last dim is dense."""
+    itemsize = base.dtype.itemsize
     made = [1]
     for i in (2, 1, 0):
         # the stride of a dimension of one is never used, but must be one that TMA takes
-        made.insert(0, strides[i] if shape[i] > 1 else made[0] * shape[i + 1])
-    return TensorDescriptor(base, list(shape), made, [1, rows, 1, shape[3]], LAYOUT)
+        dense = made[0] * shape[i + 1] * itemsize
+        made.insert(0, strides[i] if shape[i] > 1 else (dense + 15) // 16 * 16 // itemsize)
+    return TensorDescriptor(base, list(shape), made, list(tile), swizzled(itemsize, tile[3]))
 
 
-def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return the descriptor of `tensor` [B, T, H, D] whose tile is [1, rows, 1, D].
+def tiled(tensor: torch.Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+    """Return the descriptor of a tensor of four dims, the last dense, for copies of `tile`.
 
     On a GPU it is kept by address, shape and strides, and keeps no memory alive.
     """
     if tensor.device.type != "cuda":
-        return _make_descriptor(tensor, tensor.shape, tensor.stride(), rows)
+        return _make_descriptor(tensor, tensor.shape, tensor.stride(), tile)
     base = _Address(tensor.data_ptr(), tensor.dtype)
-    return _kept_descriptor(base, tensor.shape, tensor.stride(), rows)
+    return _kept_descriptor(base, tensor.shape, tensor.stride(), tile)
+
+
+def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return the descriptor of `tensor` [B, T, H, D] whose tile is [1, rows, 1, D]."""
+    return tiled(tensor, (1, rows, 1, tensor.shape[3]))
 
 
 def can_copy(tensor: torch.Tensor) -> bool:
-    """Return whether TMA can copy from or to `tensor` [B, T, H, D]."""
-    sizes, strides = tensor.shape[:3], tensor.stride()
+    """Return whether TMA can copy from or to a tensor of four dims, the last dense."""
+    sizes, strides, itemsize = tensor.shape[:3], tensor.stride(), tensor.itemsize
     if tensor.data_ptr() % 16:
         return False
     return all(
-        size == 1 or (stride % 8 == 0 and 0 < stride < 2**39)
+        size == 1 or (stride * itemsize % 16 == 0 and 0 < stride * itemsize < 2**40)
         for size, stride in zip(sizes, strides, strict=False)
     )
 

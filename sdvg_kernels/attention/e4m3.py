@@ -34,6 +34,7 @@ class E4m3Cache(NamedTuple):
 
     k: [Bc, S, Hk, D]. v: [Bc, Hk, D, S]: a wgmma of 8-bit operands takes both along the summed
     dimension only, which for P V is the slots; a row is written once and read hundreds of times.
+    TMA asks for rows of slots that begin 16 bytes apart: pad them where S is no multiple of 16.
     """
 
     k: torch.Tensor
@@ -58,9 +59,11 @@ def quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantised_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> E4m3Cache:
     """Return caches [Bc, S, Hk, D] as an `E4m3Cache`."""
     (key, k_scale), (value, v_scale) = quantised(k_cache), quantised(v_cache)
+    batch, slots, heads, dim = value.shape
     # bytes: not every torch copies e4m3
-    value = value.view(torch.uint8).permute(0, 2, 3, 1).contiguous().view(torch.float8_e4m3fn)
-    return E4m3Cache(key, value, k_scale, v_scale)
+    padded = value.new_zeros((batch, heads, dim, -(-slots // 16) * 16), dtype=torch.uint8)
+    padded[..., :slots] = value.view(torch.uint8).permute(0, 2, 3, 1)
+    return E4m3Cache(key, padded.view(value.dtype)[..., :slots], k_scale, v_scale)
 
 
 def balance(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

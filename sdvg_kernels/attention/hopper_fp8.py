@@ -16,6 +16,7 @@ V is [Bc, Hk, D, S]: 8-bit products take both operands along the summed dimensio
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,11 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels.attention import config
-from sdvg_kernels.attention.descriptor import LAYOUT, descriptor
+from sdvg_kernels.attention.descriptor import LAYOUT, can_copy, descriptor, swizzled, tiled
 from sdvg_kernels.attention.e4m3 import E4m3Cache
 from sdvg_kernels.attention.hopper import (
     _LN2,
@@ -392,24 +392,6 @@ def hopper_fp8_kernel(
     # fmt: on
 
 
-def _k_layout(dim: int) -> gl.NVMMASharedLayout:
-    """Return how rows of K lie in shared memory: D bytes each."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=dim, element_bitwidth=8, rank=4)
-
-
-def _descriptors(cache: E4m3Cache, keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Return descriptors of k, a tile of `keys` slots, and of v, a tile of all D and `keys` slots.
-
-    Slots of v are 16 bytes apart in rows: S must be a multiple of 16.
-    """
-    dim = cache.k.shape[3]
-    v_layout = gl.NVMMASharedLayout(swizzle_byte_width=keys, element_bitwidth=8, rank=4)
-    return (
-        TensorDescriptor.from_tensor(cache.k, [1, keys, 1, dim], _k_layout(dim)),
-        TensorDescriptor.from_tensor(cache.v, [1, 1, dim, keys], v_layout),
-    )
-
-
 def block_causal_attention(
     query: torch.Tensor,
     cache: E4m3Cache,
@@ -424,33 +406,38 @@ def block_causal_attention(
     bias_start: int = 0,
     bias_stop: int | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | None = None,
     programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked).
 
-    Arguments are those of the reference in e4m3.py, contiguous, S a multiple of 16, and query in
-    bfloat16 or float16; `softmax_scale` above 0. `programs`: the grid; None: one program per
-    multiprocessor. Checks nothing.
+    Arguments are those of the emulation in e4m3.py, query in bfloat16 or float16; it, k and v lie
+    as TMA takes them, k_scale and v_scale are contiguous. `programs`: the grid; None: one program
+    per multiprocessor. An `out` that TMA cannot write is copied to. Checks nothing.
     """
     batch, rows, heads, dim = query.shape
     slots, heads_cached = cache.k_scale.shape[1:]
     softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    if softmax_scale <= 0:
+        # the kernel takes the maximum before it scales
+        query = query * math.copysign(softmax_scale != 0, softmax_scale)
+        softmax_scale = abs(softmax_scale) or 1.0
+    written = out if can_copy(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     launch = config.HOPPER_FP8[dim]
     programs = programs or _processors(query.device)
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
     parts = query.new_empty((programs, 4, _ROWS.value * (dim + 2)), dtype=torch.float32)
-    k_desc, v_desc = _descriptors(cache, launch.BN)
-    on_gpu = query.device.type == "cuda"
-    with torch.cuda.device(query.device) if on_gpu else contextlib.nullcontext():
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         hopper_fp8_kernel[(programs,)](
             q_desc=descriptor(query, _ROWS.value),
-            k_desc=k_desc,
-            v_desc=v_desc,
-            o_desc=descriptor(out, _ROWS.value),
+            k_desc=descriptor(cache.k, launch.BN),
+            v_desc=tiled(cache.v, (1, 1, dim, launch.BN)),
+            o_desc=descriptor(written, _ROWS.value),
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
             cache_seqlens=cache_seqlens,
@@ -486,6 +473,8 @@ def block_causal_attention(
             num_warps=4,
             maxnreg=config.HOPPER_MAXNREG,
         )
+    if written is not out:
+        out.copy_(written)
     return out, lse
 
 
@@ -499,12 +488,11 @@ def compilations(arch: int) -> Iterator[Compilation]:
     integers = ("cache_seqlens", "cache_batch_idx", "state")
     types |= dict.fromkeys(integers, "*i32") | dict.fromkeys((*_SIZES, "S", "HK"), "i32")
     for dim, launch in config.HOPPER_FP8.items():
-        v_layout = gl.NVMMASharedLayout(swizzle_byte_width=launch.BN, element_bitwidth=8, rank=4)
         rows = f"tensordesc<bf16[1, {_ROWS.value}, 1, {dim}],{LAYOUT!r}>"
         tiles = {
             "q_desc": rows,
-            "k_desc": f"tensordesc<fp8e4nv[1, {launch.BN}, 1, {dim}],{_k_layout(dim)!r}>",
-            "v_desc": f"tensordesc<fp8e4nv[1, 1, {dim}, {launch.BN}],{v_layout!r}>",
+            "k_desc": f"tensordesc<fp8e4nv[1, {launch.BN}, 1, {dim}],{swizzled(1, dim)!r}>",
+            "v_desc": f"tensordesc<fp8e4nv[1, 1, {dim}, {launch.BN}],{swizzled(1, launch.BN)!r}>",
             "o_desc": rows,
         }
         for full in (False, True):

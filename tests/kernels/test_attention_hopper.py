@@ -309,8 +309,8 @@ def test_what_tma_cannot_copy_is_named() -> None:
 def test_a_descriptor_is_made_once_and_keeps_no_memory() -> None:
     base = descriptor._Address(4096, torch.bfloat16)
     shape, strides = torch.Size((1, 5, 3, 64)), (7, 192, 64, 1)
-    made = descriptor._kept_descriptor(base, shape, strides, 64)
-    assert descriptor._kept_descriptor(base, shape, strides, 64) is made
+    made = descriptor._kept_descriptor(base, shape, strides, (1, 64, 1, 64))
+    assert descriptor._kept_descriptor(base, shape, strides, (1, 64, 1, 64)) is made
     assert made.strides == [960, 192, 64, 1]
     assert not isinstance(made.base, torch.Tensor)
 
