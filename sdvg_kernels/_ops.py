@@ -54,7 +54,7 @@ _ATTENTION = """(
     Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? cache_batch_idx,
     int? block_size, int sink, int? window, float softmax_scale,
     float? bias, int bias_start, int? bias_stop, int? num_splits, bool return_lse,
-    str implementation{out}) -> {result}"""
+    str implementation, Tensor? k_scale=None, Tensor? v_scale=None{out}) -> {result}"""
 
 
 def _fake_lse(query: torch.Tensor, return_lse: bool) -> torch.Tensor:

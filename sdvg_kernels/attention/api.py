@@ -22,6 +22,7 @@ from sdvg_kernels.attention import reference
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+E4M3 = torch.float8_e4m3fn
 _OP = "block_causal_attention"
 _LOG = logging.getLogger("sdvg_kernels")
 _value = functools.partial(require, _OP)
@@ -53,6 +54,8 @@ def block_causal_attention(
     softmax_scale: float | None = None,
     key_bias: KeyBias | None = None,
     num_splits: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -79,7 +82,10 @@ def block_causal_attention(
         query: [B, T, H, D] bfloat16, float16, float32 (the reference: float64 too).
         k_cache, v_cache: [Bc, S, Hk, D] of query's dtype, `H % Hk == 0`; a layer of a
             [layers, Bc, S, Hk, D] cache. Keys are stored after RoPE. The last dim of all three is
-            contiguous, the others may have any strides.
+            contiguous, the others may have any strides. Or both float8_e4m3fn, of any strides for
+            the reference; "hopper_fp8" takes V transposed, `v.permute(0, 3, 1, 2)` of a v
+            [Bc, Hk, D, S] (`v_cache.stride(1) == 1`), with its rows of slots 16 bytes apart:
+            8-bit products take both operands along the summed dimension.
         cache_seqlens: [B] int32, tokens, on query's device: the length *including* the query.
         block_size: tokens of a block, counted from the first row; None: the query is one block.
         sink: first tokens that are never evicted, `0 <= sink < S`.
@@ -90,12 +96,17 @@ def block_causal_attention(
         key_bias: a log-bias on a range of keys.
         num_splits: parts of the keys, a program each; None: by the shapes. For Triton only: the
             Hopper kernel balances its programs itself.
+        k_scale, v_scale: [Bc, S, Hk] float32, contiguous; with e4m3 caches, and only with them: a
+            row of K or V is the stored one times its scale (`norm_rope_stage_` writes both).
         out: [B, T, H, D] of query's dtype, written in place; contiguous in the last dim.
         return_lse: also return the log-sum-exp of the logits.
-        implementation: "triton", "hopper" or "reference"; one that is asked for never falls back.
-            None: Triton on CUDA for head dim 64 and 128, else the reference, and a warning is
-            logged. "hopper" is for sm_90, bfloat16 and float16, strides of 16 bytes; an `out`
-            that is not so aligned costs a copy.
+        implementation: "triton", "hopper", "hopper_fp8" or "reference"; one that is asked for never
+            falls back. None: Triton on CUDA for head dim 64 and 128, else the reference, and a
+            warning is logged. "hopper" is for sm_90, bfloat16 and float16, strides of 16 bytes; an
+            `out` that is not so aligned costs a copy. "hopper_fp8" is the same for e4m3 caches: it
+            rounds Q and the softmax's weights to e4m3 too, which leaves about 25 dB, and must be
+            asked for (`attention.e4m3` says what is rounded, and `balance` what large channels
+            need). The reference rounds neither.
 
     Returns:
         out [B, T, H, D], contiguous; with `return_lse`, also lse [B, H, T] float32, natural log.
@@ -113,6 +124,7 @@ def block_causal_attention(
     _type(known, "key_bias", "be a KeyBias or None", type(key_bias).__name__)
     bias, bias_start, bias_stop = (None, 0, None) if key_bias is None else key_bias
     _check_tensors(query, k_cache, v_cache, cache_seqlens, cache_batch_idx, out)
+    _check_scales(k_cache, k_scale, v_scale)
     _value(0 <= sink < k_cache.shape[1], "sink", "be in [0, S), S the slots", sink)
     _value(window is None or window >= 1, "window", "be at least 1 or None", window)
     _value(block_size is None or block_size >= 1, "block_size", "be at least 1 or None", block_size)
@@ -123,13 +135,19 @@ def block_causal_attention(
     _value(bias is None or math.isfinite(bias), "key_bias.bias", "be finite", bias)
     _value(math.isfinite(softmax_scale), "softmax_scale", "be finite", softmax_scale)
     device, dim = query.device.type, query.shape[3]
-    available = _available(device, dim, query.dtype)
-    if implementation is None and (reason := next(iter(available.values()))):
+    e4m3 = k_scale is not None
+    available = _available(device, dim, query.dtype, e4m3)
+    if e4m3 and device != "cpu":
+        # it rounds more than the reference does: nobody gets it, or what is far slower, unasked
+        rule = "be 'hopper_fp8' or 'reference' for e4m3 caches on a GPU"
+        _value(implementation is not None, "implementation", rule, None)
+    elif implementation is None and (reason := next(iter(available.values()))):
         _warn_once(device, reason)
     where = f"{device} tensors of head dim {dim} and {query.dtype}"
+    where += " with e4m3 caches" if e4m3 else ""
     chosen = require_implementation(_OP, implementation, available, where)
-    if chosen == "hopper":
-        _check_hopper(query, k_cache, v_cache, num_splits)
+    if chosen in ("hopper", "hopper_fp8"):
+        _check_hopper(chosen, query, k_cache, v_cache, num_splits)
     arguments = (
         query,
         k_cache,
@@ -146,6 +164,8 @@ def block_causal_attention(
         num_splits,
         return_lse,
         chosen,
+        k_scale,
+        v_scale,
     )
     if out is None:
         out, lse = torch.ops.sdvg_kernels.block_causal_attention(*arguments)
@@ -177,8 +197,11 @@ def _check_tensors(
     dtype = query.dtype
     known = dtype in DTYPES or dtype == torch.float64
     _type(known, "query", "be bfloat16, float16, float32 or float64", dtype)
-    _type(k_cache.dtype == dtype, "k_cache", "have query's dtype", k_cache.dtype)
-    _type(v_cache.dtype == dtype, "v_cache", "have query's dtype", v_cache.dtype)
+    e4m3 = k_cache.dtype is E4M3
+    known = e4m3 or k_cache.dtype is dtype
+    _type(known, "k_cache", "have query's dtype or be float8_e4m3fn", k_cache.dtype)
+    rule = "be float8_e4m3fn, as k_cache is" if e4m3 else "have query's dtype"
+    _type(v_cache.dtype is k_cache.dtype, "v_cache", rule, v_cache.dtype)
     lengths_dtype = cache_seqlens.dtype
     _type(lengths_dtype == torch.int32, "cache_seqlens", "be int32", lengths_dtype)
 
@@ -194,10 +217,13 @@ def _check_tensors(
         _value(index.shape == shape[:1], "cache_batch_idx", "be [B]", index.shape)
         _type(index.dtype == torch.int32, "cache_batch_idx", "be int32", index.dtype)
         _value(index.device == device, "cache_batch_idx", "be on query's device", index.device)
-    dense = dim <= 1 or query.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
     strides = "another stride"
     remedy = "call .contiguous()"
-    which = "query, k_cache and v_cache"
+    if e4m3:
+        which, dense = "query", dim <= 1 or query.stride(3) == 1
+    else:
+        which = "query, k_cache and v_cache"
+        dense = dim <= 1 or query.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
     _value(dense, which, "be contiguous in the last dim", strides, remedy)
     if out is not None:
         _value(out.shape == shape, "out", "have query's shape", out.shape)
@@ -207,34 +233,67 @@ def _check_tensors(
         _value(dense, "out", "be contiguous in the last dim", strides)
 
 
-def _check_hopper(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_splits: int | None
+def _check_scales(
+    k_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
 ) -> None:
-    """Raise unless the Hopper kernel can take what is otherwise good."""
+    """Raise unless both scales are there with e4m3 caches, and neither without."""
+    e4m3 = k_cache.dtype is E4M3
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is not None) is not e4m3:
+            rule = "be given with float8_e4m3fn caches and only with them"
+            _value(False, name, rule, f"{'none' if e4m3 else 'one'} for {k_cache.dtype}")
+        if scale is None:
+            continue
+        fits = scale.shape == k_cache.shape[:3] and scale.is_contiguous()
+        _value(fits, name, "be [Bc, S, Hk] of k_cache, contiguous", scale.shape)
+        _type(scale.dtype is torch.float32, name, "be float32", scale.dtype)
+        _value(scale.device == k_cache.device, name, "be on query's device", scale.device)
+
+
+def _check_hopper(
+    name: str,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_splits: int | None,
+) -> None:
+    """Raise unless the Hopper kernel `name` can take what is otherwise good."""
     from sdvg_kernels.attention import descriptor
 
     _value(
-        num_splits is None, "num_splits", "be None for hopper, which splits as needed", num_splits
+        num_splits is None, "num_splits", f"be None for {name}, which splits as needed", num_splits
     )
+    if name == "hopper_fp8":
+        dense = k_cache.stride(3) == 1
+        _value(dense, "k_cache", "be contiguous in the last dim", "another stride")
+        turned = v_cache.stride(1) == 1 or v_cache.shape[1] == 1
+        rule = "be v.permute(0, 3, 1, 2) of a v [Bc, Hk, D, S], so that slots are contiguous,"
+        _value(turned, "v_cache", f"{rule} for hopper_fp8", f"strides {v_cache.stride()}")
+        # as the kernel reads it
+        v_cache = v_cache.permute(0, 2, 3, 1)
     if reason := descriptor.missing(query, k_cache, v_cache):
         rule = "run on tensors that TMA can copy"
-        raise NotImplementedError(message(_OP, "implementation", rule, "'hopper'", reason))
+        raise NotImplementedError(message(_OP, "implementation", rule, repr(name), reason))
 
 
 @functools.cache
-def _available(device: str, dim: int, dtype: torch.dtype) -> dict[str, str]:
+def _available(device: str, dim: int, dtype: torch.dtype, e4m3: bool = False) -> dict[str, str]:
     """Return implementation -> "" or why it cannot run on such tensors, by preference."""
     reason = triton_reason(device)
     if not reason and dim not in HEAD_DIMS:
         reason = f"the Triton kernel has head dim {' and '.join(map(str, HEAD_DIMS))}"
     if not reason and dtype not in DTYPES:
         reason = f"the Triton kernel has no {dtype}"
-    hopper = reason or _hopper_reason(device, dtype)
-    if device == "cpu":
-        # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason, "hopper": hopper}
+    hopper = fp8 = reason or _hopper_reason(device, dtype)
+    if e4m3:
+        reason = reason or "the Triton kernel has no e4m3 caches: use the reference"
+        hopper = hopper or "it takes caches of query's dtype: ask for 'hopper_fp8'"
+    else:
+        fp8 = fp8 or "it takes e4m3 caches with k_scale and v_scale"
+    served = {"triton": reason, "hopper": hopper, "hopper_fp8": fp8}
+    # the interpreter is for tests: never the default
     # Triton before Hopper until the Hopper kernel has passed its tests on a GPU
-    return {"triton": reason, "hopper": hopper, "reference": ""}
+    return {"reference": "", **served} if device == "cpu" else {**served, "reference": ""}
 
 
 def _hopper_reason(device: str, dtype: torch.dtype) -> str:
@@ -256,9 +315,10 @@ def _warn_once(device: str, reason: str) -> None:
 def implementations() -> dict[str, str]:
     """Return implementation -> "" or why it is not available here, by preference."""
     if torch.cuda.is_available():
-        return dict(_available("cuda", HEAD_DIMS[0], torch.bfloat16))
+        wide, e4m3 = (_available("cuda", HEAD_DIMS[0], torch.bfloat16, e) for e in (False, True))
+        return wide | {"hopper_fp8": e4m3["hopper_fp8"]}
     missing = "no CUDA device is available"
-    return {"triton": missing, "hopper": missing, "reference": ""}
+    return dict.fromkeys(("triton", "hopper", "hopper_fp8"), missing) | {"reference": ""}
 
 
 def _run(
@@ -277,6 +337,8 @@ def _run(
     num_splits: int | None,
     return_lse: bool,
     implementation: str,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the chosen implementation; `out` is written in place where it is given."""
@@ -293,7 +355,7 @@ def _run(
     }
     if implementation == "reference":
         result, lse = reference.block_causal_attention(
-            query, k_cache, v_cache, cache_seqlens, **options
+            query, k_cache, v_cache, cache_seqlens, **options, k_scale=k_scale, v_scale=v_scale
         )
         return (result if out is None else out.copy_(result)), lse
     if implementation == "hopper":
@@ -302,6 +364,12 @@ def _run(
         return hopper.block_causal_attention(
             query, k_cache, v_cache, cache_seqlens, **options, out=out
         )
+    if implementation == "hopper_fp8" and k_scale is not None and v_scale is not None:
+        from sdvg_kernels.attention import hopper_fp8
+        from sdvg_kernels.attention.e4m3 import E4m3Cache
+
+        cache = E4m3Cache(k_cache, v_cache.permute(0, 2, 3, 1), k_scale, v_scale)
+        return hopper_fp8.block_causal_attention(query, cache, cache_seqlens, **options, out=out)
     from sdvg_kernels.attention import kernel
 
     return kernel.block_causal_attention(

@@ -31,12 +31,22 @@ def block_causal_attention(
     bias_start: int,
     bias_stop: int | None,
     return_lse: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked)."""
+    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked).
+
+    With scales [Bc, S, Hk], K and V are e4m3, and every value counts times its row's scale.
+    """
     batch, rows, heads, _ = query.shape
     lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
     if query.numel() == 0:
         return torch.empty_like(query, memory_format=torch.contiguous_format), lse
+    if k_scale is not None and v_scale is not None:
+        k_cache, v_cache = (
+            _dequantised(k_cache, k_scale, query),
+            _dequantised(v_cache, v_scale, query),
+        )
     if cache_batch_idx is not None:
         k_cache = k_cache.index_select(0, cache_batch_idx)
         v_cache = v_cache.index_select(0, cache_batch_idx)
@@ -56,7 +66,7 @@ def block_causal_attention(
     token, begin, sees = seen_slots(
         cache_seqlens, rows, k_cache.shape[1], ring, block_size, sink, window
     )
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = _wide(query)
     # 0 x NaN is NaN: the values that no row sees are zeroed, not only their weights
     value = v_cache.to(dtype).masked_fill(~sees.any(1)[:, :, None, None], 0)
     # [B, Hk, 1, D, S], [B, Hk, 1, S, D], [B, Hk, H / Hk, T, D]
@@ -112,6 +122,15 @@ def seen_slots(
     return token, begin, sees
 
 
+def _wide(query: torch.Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _dequantised(cache: torch.Tensor, scale: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Return an e4m3 cache [Bc, S, Hk, D] in the dtype of the arithmetic."""
+    return cache.to(_wide(query)) * scale[..., None]
+
+
 def _unmasked(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -136,7 +155,7 @@ def _unmasked(
         elif low < high:
             joined.append((low, high))
 
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = _wide(query)
     key, value = (
         (
             cache[:, slice(*joined[0])]

@@ -477,7 +477,8 @@ _GOOD = {"query": _QUERY, "k_cache": _CACHE, "v_cache": _CACHE, "cache_seqlens":
         (
             {"implementation": "cudnn"},
             ValueError,
-            "implementation must be one of 'reference', 'triton', 'hopper', got 'cudnn'",
+            "implementation must be one of 'reference', 'triton', 'hopper', 'hopper_fp8', got "
+            "'cudnn'",
         ),
     ],
 )
