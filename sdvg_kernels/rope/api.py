@@ -175,7 +175,8 @@ def norm_rope_stage_(
         value: [B, T, Hk, D] of query's dtype, any strides with a dense last dim.
         k_cache, v_cache: [Bc, S, Hk, D] of query's dtype or both float8_e4m3fn (Triton: compute
             capability 8.9), any strides with a dense last dim; a layer of a [layers, Bc, S, Hk, D]
-            cache.
+            cache. An e4m3 v_cache may lie transposed, as `block_causal_attention` by "hopper_fp8"
+            reads it: `v.permute(0, 3, 1, 2)` of a v [Bc, Hk, D, S]; a row's bytes are then apart.
         lengths: [Bc] int32 on query's device, contiguous: committed tokens of each cached sequence;
             the first staged token comes after them.
         start_frame: as of `norm_rope`; None: `lengths[b] // (height * width)`, the frame that the
@@ -362,7 +363,9 @@ def _check_cache(
     if k_cache.device != device or v_cache.device != device:
         got = f"{k_cache.device} and {v_cache.device}"
         raise _value(op, "k_cache and v_cache", "be on query's device", got)
-    if value.stride(3) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+    transposed = v_cache.dtype is E4M3 and v_cache.stride(1) == 1
+    dense = v_cache.stride(3) == 1 or transposed
+    if value.stride(3) != 1 or k_cache.stride(3) != 1 or not dense:
         which, rule = "value, k_cache and v_cache", "be contiguous in the last dim"
         raise _value(op, which, rule, "another stride", _REMEDY)
     if not 0 <= sink < cached[1]:

@@ -108,6 +108,7 @@ def rope_kernel(
     stride_vh: tl.constexpr,
     stride_okh: tl.constexpr,
     stride_ovh: tl.constexpr,
+    stride_ovd: tl.constexpr,
     H: tl.constexpr,
     HK: tl.constexpr,
     D: tl.constexpr,
@@ -172,7 +173,8 @@ def rope_kernel(
         i_s = tl.where(i_s < sink, i_s, sink + (i_s - sink) % (S - sink))
         m_k = m_k & valid
         p_ov = out_v + i_c.to(tl.int64) * stride_ovb + i_s.to(tl.int64) * stride_ovs
-        p_ov += o_k[:, None] * stride_ovh + o_d[None, :]
+        # 1 apart; or, with V [Bc, Hk, D, S], a row of slots apart
+        p_ov += o_k[:, None] * stride_ovh + o_d[None, :] * stride_ovd
         if IS_E4M3:
             p_s = (i_c.to(tl.int64) * S + i_s) * HK + o_k
             m_s = (o_k < HK) & valid
@@ -329,14 +331,14 @@ def _launch(
     # offsets within a tile are 32 bits wide, the second and third dimension of a grid 16
     tensors = {"query": query, "key": key, "value": value, "k_cache": out_k, "v_cache": out_v}
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.stride(2) * tile >= 2**31:
+        if tensor is not None and tensor.stride(2) * tile + tensor.stride(3) * dim >= 2**31 + dim:
             rule = f"have a head stride below {2**31 // tile} for Triton"
             raise NotImplementedError(message(_OP, name, rule, tensor.stride(2)))
     if max(batch, rows // (height * width)) >= 2**16:
         rule = "have fewer than 65536 sequences and frames for Triton"
         raise NotImplementedError(message(_OP, "query", rule, query.shape))
     value_strides = (0, 0, 0) if value is None else value.stride()
-    out_v_strides = (0, 0, 0) if out_v is None else out_v.stride()
+    out_v_strides = (0, 0, 0, 1) if out_v is None else out_v.stride()
     device = query.device
     launch = config.choose(tile, dim, _tuned.gpu_name(device))
     launch = config.INTERPRETED if _INTERPRETED else launch
@@ -378,6 +380,7 @@ def _launch(
             stride_vh=value_strides[2],
             stride_okh=out_k.stride(2),
             stride_ovh=out_v_strides[2],
+            stride_ovd=out_v_strides[3],
             H=heads,
             HK=heads_key,
             D=dim,
@@ -443,6 +446,7 @@ def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Comp
         signature=types,
         constants=dict.fromkeys((name for name in strides if name.endswith("h")), dim)
         | {
+            "stride_ovd": 1,
             "H": heads,
             "HK": heads,
             "D": dim,

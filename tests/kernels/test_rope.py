@@ -334,13 +334,21 @@ def test_float64_is_served_by_the_reference(random: torch.Generator) -> None:
 # --- e4m3 caches ---
 
 
-def make_e4m3(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Put e4m3 caches of NaN into the inputs; return their scales, NaN too."""
+def make_e4m3(inputs: Inputs, transposed: bool = False) -> dict[str, torch.Tensor]:
+    """Put e4m3 caches of NaN into the inputs; return their scales, NaN too.
+
+    `transposed`: V lies as [Bc, Hk, D, S], in rows of slots that are padded.
+    """
     shape = inputs.k_cache.shape
     inputs.k_cache, inputs.v_cache = (
         torch.full(shape, 0x7F, dtype=torch.uint8, device=inputs.query.device).view(E4M3)
         for _ in range(2)
     )
+    if transposed:
+        batch, slots, heads, dim = shape
+        sizes = (batch, heads, dim, slots + 7)
+        padded = inputs.v_cache.view(torch.uint8).new_full(sizes, 0x7F)
+        inputs.v_cache = padded.view(E4M3)[..., :slots].permute(0, 3, 1, 2)
     scales = [torch.full(shape[:3], torch.nan, device=inputs.query.device) for _ in range(2)]
     return dict(zip(("k_scale", "v_scale"), scales, strict=True))
 
@@ -355,9 +363,10 @@ def quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.clamp(-448, 448).to(E4M3), scale[..., 0]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_e4m3_rows_are_rounded_once_and_their_scale_lies_beside(
-    dtype: torch.dtype, lane: Lane, random: torch.Generator
+    dtype: torch.dtype, transposed: bool, lane: Lane, random: torch.Generator
 ) -> None:
     case = Case(lengths=(33, 106), sink=3, dtype=dtype, heads=4, heads_key=2)
     inputs = make(case, random, lane.device)
@@ -374,7 +383,7 @@ def test_e4m3_rows_are_rounded_once_and_their_scale_lies_beside(
     inputs.value[0, 6] = torch.exp2(-torch.arange(64) / 3)
     if dtype != torch.float16:
         inputs.value[0, 5] = 1e-35
-    scales = make_e4m3(inputs)
+    scales = make_e4m3(inputs, transposed)
     query = stage(case, inputs, lane, **scales)
     check(case, inputs, query, complex_rope(case, inputs.key, inputs.options["key_weight"],
           torch.float64, None).to(case.dtype))  # fmt: skip
