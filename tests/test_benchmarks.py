@@ -231,6 +231,26 @@ def test_what_computes_in_eight_bits_has_rows_of_its_own(monkeypatch: pytest.Mon
     assert [row.implementation for row in bench.rows] == ["reference", "sdpa"]
 
 
+def test_ours_in_eight_bits_reads_caches_of_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def attend(*arguments: object, implementation: str, **options: object) -> torch.Tensor:
+        # the reference stands in for the kernel
+        given.append((implementation, options.get("k_cache")))
+        return block_causal_attention(*arguments, **options, implementation="reference")
+
+    monkeypatch.setattr(bench_attention, "block_causal_attention", attend)
+    monkeypatch.setattr(bench_attention, "_who", lambda *_: (["hopper_fp8", "reference"], [], {}))
+    bench = Bench("bench", "cpu", None)
+    shape = Shape(2, 12, 2, 40, 57, dim=64, sink=4, window=24)
+    case = bench_attention.case(bench, shape, eight_bits=True)
+    for candidate in case.candidates:
+        given.clear()
+        candidate.check(candidate.run())
+        ((name, cache),) = given
+        assert cache.dtype is (torch.float8_e4m3fn if name == "hopper_fp8" else torch.float32)
+
+
 def test_a_kernel_that_fails_alone_costs_nobody_else_his_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -42,6 +42,15 @@ class E4m3Cache(NamedTuple):
     k_scale: torch.Tensor
     v_scale: torch.Tensor
 
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """Return the cache as `sdvg_kernels.block_causal_attention` takes it."""
+        return {
+            "k_cache": self.k,
+            "v_cache": self.v.permute(0, 3, 1, 2),
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
+        }
+
 
 def quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows [..., D] as e4m3, rounded to nearest even, and their float32 factors [...].
