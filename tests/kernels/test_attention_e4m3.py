@@ -518,9 +518,10 @@ def test_out_is_written_and_rows_of_the_cache_are_chosen(random: torch.Generator
     k_cache = torch.zeros(2, 3, *given["k_cache"].shape[1:]).to(torch.float8_e4m3fn)
     k_cache.view(torch.uint8)[:, 1] = given["k_cache"].view(torch.uint8)
     lengths = inputs.cache.cache_seqlens[order]
-    for scale in (-0.1, 0.0, 0.2):
-        around = torch.full((2, 72, 4, 64), 7.0, dtype=torch.bfloat16)
-        out = around[:, 1:71]
+    # an out that TMA can write, and one that it cannot
+    for scale, beside in ((-0.1, 0), (0.0, 3), (0.2, 3)):
+        around = torch.full((2, 72, 4, 64 + beside), 7.0, dtype=torch.bfloat16)
+        out = around[:, 1:71, :, beside:]
         settings = (order, case.block_size, case.sink, case.window, scale, *KREA, None, True)
         arguments = (k_cache[:, 1], given["v_cache"], lengths, *settings, "hopper_fp8")
         with GluonLane().patched(hopper_fp8):
