@@ -79,10 +79,11 @@ def candidates(dim: int, most: int | None) -> tuple[Launch, ...]:
     return (default, *tried)
 
 
-def budget(e4m3: bool, wide: int) -> Budget:
+def budget(e4m3: bool, wide: int, transposed: bool = False) -> Budget:
     """Return what the kernel may cost: no spills, all of it in `wide` 16-byte accesses or more.
 
     128 registers let two programs of 5120 channels be resident; e4m3, whose 16-byte accesses are 16
-    channels wide, takes up to 168 (sm_100): one program of 5120 channels, six of 1536.
+    channels wide, takes up to 168 (sm_100): one program of 5120 channels, six of 1536. A transposed
+    value, with an address for each byte, takes up to 184: one of 5120 too.
     """
-    return Budget(registers=168 if e4m3 else 128, wide=wide)
+    return Budget(registers=184 if transposed else 168 if e4m3 else 128, wide=wide)

@@ -404,6 +404,7 @@ _CASES = (
     *((heads, 64, "bf16", "cache") for heads in (6, 24)),
     *((heads, 128, "bf16", "e4m3") for heads in (12, 24, 40)),
     (24, 64, "bf16", "e4m3"),
+    *((heads, 128, "bf16", "e4m3 V transposed") for heads in (12, 40)),
     (12, 128, "bf16", ""),
     (40, 128, "fp32", "cache"),
     (24, 64, "fp32", "cache"),
@@ -414,13 +415,14 @@ def compilations(arch: int) -> Iterator[Compilation]:
     """Yield the widths for `arch`: with a cache, with an e4m3 cache, without one, in float32."""
     for heads, dim, dtype, kind in _CASES:
         # cvt to e4m3 begins with 8.9
-        if kind != "e4m3" or arch >= 89:
+        if "e4m3" not in kind or arch >= 89:
             yield _compilation(arch, heads, dim, dtype, kind)
 
 
 def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Compilation:
     """Return one case; with an e4m3 cache, every other feature is on too."""
-    cached, full = bool(kind), kind == "e4m3"
+    cached, full, transposed = bool(kind), "e4m3" in kind, "transposed" in kind
+    slots = 32768 if transposed else 1
     strides = tuple(name for name in rope_kernel.arg_names if name.startswith("stride_"))
     launch = config.choose(triton.next_power_of_2(heads), dim)
     # 16-byte accesses a thread: query, key, weights; rotated query; and with a cache all of value's
@@ -430,6 +432,8 @@ def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Comp
         for size in (item, 1 if full else item)
     )
     wide = 5 * per_tensor + per_stored + (per_tensor + per_stored if cached else 0)
+    # the bytes of a transposed value are stored one by one
+    wide -= per_stored * transposed
     given = dict.fromkeys(("query", "key", "value", "query_weight", "key_weight"), f"*{dtype}")
     stored = "*fp8e4nv" if full else f"*{dtype}"
     types = given | {"table": "*fp32", "out_q": f"*{dtype}", "out_k": stored, "out_v": stored}
@@ -446,7 +450,8 @@ def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Comp
         signature=types,
         constants=dict.fromkeys((name for name in strides if name.endswith("h")), dim)
         | {
-            "stride_ovd": 1,
+            "stride_ovh": dim * slots,
+            "stride_ovd": slots,
             "H": heads,
             "HK": heads,
             "D": dim,
@@ -464,5 +469,5 @@ def _compilation(arch: int, heads: int, dim: int, dtype: str, kind: str) -> Comp
         divisible=(*tensors, *strides),
         num_warps=launch.num_warps,
         num_stages=3,
-        budget=config.budget(full, wide),
+        budget=config.budget(full, wide, transposed),
     )
