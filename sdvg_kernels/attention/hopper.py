@@ -44,25 +44,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels.attention import config
 from sdvg_kernels.attention.descriptor import LAYOUT, can_copy, descriptor
-from sdvg_kernels.attention.stream import ROWS, STATE, mask, plan, segment, segments, sharers, unit
+from sdvg_kernels.attention.finish import HALF, NEVER, bar, finish, scale_rows
+from sdvg_kernels.attention.stream import ROWS, STATE, mask, plan, segment, segments, unit
 
 _LOG2E = gl.constexpr(1.4426950408889634)
-_LN2 = gl.constexpr(0.6931471805599453)
-_NEVER = gl.constexpr(float("-inf"))
-# rows of a consumer: the height of a wgmma
-_ROWS = gl.constexpr(64)
 # lengths, windows and their differences stay within int32
 _NO_WINDOW = 2**30
 # one compilation serves all sizes
 _SIZES = ("n_tile", "T", "ring", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
-
-
-@gluon.jit
-def _bar(DO: gl.constexpr, ID: gl.constexpr, THREADS: gl.constexpr):
-    """Come to the named barrier `ID` of `THREADS` threads, and wait for the others if to "sync"."""
-    # Triton's own barriers are 0 to 3
-    TEXT: gl.constexpr = "bar." + DO + " " + ID + ", " + THREADS + "; // $0"
-    gl.inline_asm_elementwise(TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # --- the producer ---
@@ -116,7 +105,7 @@ def _produce(
             mbarrier.wait(q_free.index(i), (s & 1) ^ 1)
             mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q_desc, [i_b, row + i * _ROWS, i_h, 0], q_full.index(i), q_s.index(i)
+                q_desc, [i_b, row + i * HALF, i_h, 0], q_full.index(i), q_s.index(i)
             )
         # as they are needed: K of a unit, then V of the one before
         for u in range(first, stop + 1):
@@ -184,25 +173,9 @@ def _softmax(
         )
     b_n = gl.maximum(b_m, gl.max(b_x, 1) * scale + extra)
     # a row that has seen nothing yet: -inf - -inf is NaN
-    b_z = gl.where(b_n == _NEVER, 0.0, b_n)
+    b_z = gl.where(b_n == NEVER, 0.0, b_n)
     b_p = gl.exp2(b_x * scale - (b_z - extra)[:, None])
     return b_n, gl.exp2(b_m - b_z), b_p
-
-
-@gluon.jit
-def _rows(b_o, b_w):
-    """Return b_o [64, D] with its rows scaled by b_w [64]."""
-    return b_o * gl.convert_layout(b_w, gl.SliceLayout(1, b_o.type.layout))[:, None]
-
-
-@gluon.jit
-def _part(parts, i_c, begins, ID: gl.constexpr, D: gl.constexpr):
-    """Return where program `i_c` leaves its part of a tile that it begins, or goes on with.
-
-    A part is [64] maxima, [64] sums and [64, D] output, not normalised.
-    """
-    i_p = (2 * i_c + begins.to(gl.int32)) * 2 + ID
-    return parts + i_p * (_ROWS * D + 2 * _ROWS)
 
 
 @gluon.jit
@@ -225,32 +198,30 @@ def _consume(
     cache_seqlens, lse, parts, state = device
     OWN: gl.constexpr = "9" if ID == 0 else "10"
     OTHER: gl.constexpr = "10" if ID == 0 else "9"
-    ALONE: gl.constexpr = "11" if ID == 0 else "12"
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, x_layout)
-    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
-    b_q = q_s.index(ID).reshape([_ROWS, D])
-    b_zero = gl.zeros([_ROWS, BN], gl.float32, x_layout)
-    o_rows = gl.arange(0, _ROWS, row_layout)
+    b_q = q_s.index(ID).reshape([HALF, D])
+    b_zero = gl.zeros([HALF, BN], gl.float32, x_layout)
+    o_rows = gl.arange(0, HALF, row_layout)
     if ID == 1:
         # the first product is the other's
-        _bar("arrive", OTHER, "256")
+        bar("arrive", OTHER, "256")
     done = 0
     for s in range(segments(state)):
         place, ends, runs, n_unit, first, stop = segment(s, cache_seqlens, state, shape, BN)
-        o_r = place[0] + ID * _ROWS + o_rows
-        b_m = gl.full([_ROWS], _NEVER, gl.float32, row_layout)
-        b_o = gl.zeros([_ROWS, D], gl.float32, o_layout)
+        o_r = place[0] + ID * HALF + o_rows
+        b_m = gl.full([HALF], NEVER, gl.float32, row_layout)
+        b_o = gl.zeros([HALF, D], gl.float32, o_layout)
 
         stage = done % STAGES
         mbarrier.wait(q_full.index(ID), s & 1)
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-        _bar("sync", OWN, "256")
+        bar("sync", OWN, "256")
         b_k = k_s.index(stage).reshape([BN, D]).permute((1, 0))
         b_x = warpgroup_mma(b_q, b_k, b_zero, use_acc=False, is_async=True)
-        _bar("arrive", OTHER, "256")
+        bar("arrive", OTHER, "256")
         b_x = warpgroup_mma_wait(0, deps=(b_x,))
         mbarrier.arrive(k_free.index(stage), count=1)
         b_m, b_a, b_p = _softmax(
@@ -264,12 +235,12 @@ def _consume(
             done += 1
             stage = done % STAGES
             mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-            _bar("sync", OWN, "256")
+            bar("sync", OWN, "256")
             b_k = k_s.index(stage).reshape([BN, D]).permute((1, 0))
             b_x = warpgroup_mma(b_q, b_k, b_zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             b_o = warpgroup_mma(b_p, v_s.index(v_stage).reshape([BN, D]), b_o, is_async=True)
-            _bar("arrive", OTHER, "256")
+            bar("arrive", OTHER, "256")
             b_x = warpgroup_mma_wait(1, deps=(b_x,))
             mbarrier.arrive(k_free.index(stage), count=1)
             b_m, b_a, b_p = _softmax(
@@ -278,7 +249,7 @@ def _consume(
             b_l = b_l * b_a + gl.sum(b_p, 1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(v_free.index(v_stage), count=1)
-            b_o = _rows(b_o, b_a)
+            b_o = scale_rows(b_o, b_a)
             b_p = gl.convert_layout(b_p.to(o_desc.dtype), p_layout)
         mbarrier.arrive(q_free.index(ID), count=1)
         stage = done % STAGES
@@ -288,58 +259,14 @@ def _consume(
         mbarrier.arrive(v_free.index(stage), count=1)
         done += 1
 
-        finished = (first == 0) & (stop == n_unit)
-        if finished == 0:
-            c = gl.program_id(0)
-            c_first, c_last = sharers(state, first, stop, n_unit)
-            # the order of a part's elements is free: neighbouring threads are neighbours
-            o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-            o_p = (o_d % 8 + o_d // 8 * (8 * _ROWS))[None, :]
-            o_p = o_p + gl.arange(0, _ROWS, o_row_layout)[:, None] * 8
-            p_p = _part(parts, c, first == 0, ID, D)
-            gl.store(p_p + o_rows, b_m)
-            gl.store(p_p + _ROWS + o_rows, b_l)
-            gl.store(p_p + 2 * _ROWS + o_p, b_o)
-            _bar("sync", ALONE, "128")
-            p_arrived = state + c_first * STATE + ID
-            finished = gl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == c_last - c_first
-            if finished:
-                b_m = gl.full([_ROWS], _NEVER, gl.float32, row_layout)
-                b_l = gl.zeros([_ROWS], gl.float32, row_layout)
-                b_o = gl.zeros([_ROWS, D], gl.float32, o_layout)
-                for i_c in range(c_first, c_last + 1):
-                    p_p = _part(parts, i_c, i_c == c_first, ID, D)
-                    b_pm = gl.load(p_p + o_rows, cache_modifier=".cg")
-                    b_pl = gl.load(p_p + _ROWS + o_rows, cache_modifier=".cg")
-                    b_po = gl.load(p_p + 2 * _ROWS + o_p, cache_modifier=".cg")
-                    b_n = gl.maximum(b_m, b_pm)
-                    b_z = gl.where(b_n == _NEVER, 0.0, b_n)
-                    b_a = gl.exp2(b_m - b_z)
-                    b_w = gl.exp2(b_pm - b_z)
-                    b_m = b_n
-                    b_l = b_l * b_a + b_pl * b_w
-                    b_o = _rows(b_o, b_a) + _rows(b_po, b_w)
-        if finished:
-            row, i_b, i_h = place
-            # rows before the sequence see nothing
-            m_seen = (b_l != 0.0) & (ends[0] + o_r >= 0)
-            b_w = 1.0 / gl.where(m_seen, b_l, 1.0)
-            m_seen_o = gl.convert_layout(m_seen, o_row_layout)[:, None]
-            b_o = gl.where(m_seen_o, _rows(b_o, b_w), 0.0)
-            # the last tile's copy has left the stage
-            tma.store_wait(0)
-            _bar("sync", ALONE, "128")
-            o_s.index(ID).reshape([_ROWS, D]).store(b_o.to(o_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [i_b, row + ID * _ROWS, i_h, 0], o_s.index(ID))
-            if HAS_LSE:
-                b_s = gl.where(m_seen, (b_m + gl.log2(b_l)) * _LN2, _NEVER)
-                p_lse = lse + (i_b * shape[2] + i_h).to(gl.int64) * shape[0]
-                gl.store(p_lse + o_r, b_s, mask=o_r < shape[0])
+        finish(
+            ID, (b_m, b_l, b_o), o_rows, (first, stop, n_unit), place, ends, o_desc, o_s, device,
+            shape, HAS_LSE, D,
+        )  # fmt: skip
     tma.store_wait(0)
     if ID == 0:
         # no arrival of the other is left over for the next kernel
-        _bar("sync", OWN, "256")
+        bar("sync", OWN, "256")
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -379,8 +306,8 @@ def hopper_kernel(
 ):
     """Write out [B, T, H, D] and lse [B, H, T]; `state` must be zero."""
     dtype: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, D], q_desc.layout)
-    o_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, D], o_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, D], q_desc.layout)
+    o_s = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, D], o_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -460,13 +387,13 @@ def block_causal_attention(
     programs = programs or _processors(query.device)
     # a memset of 64 bytes a program: nothing is left over from a launch, or shared by two streams
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
-    parts = query.new_empty((programs, 4, _ROWS.value * (dim + 2)), dtype=torch.float32)
+    parts = query.new_empty((programs, 4, HALF.value * (dim + 2)), dtype=torch.float32)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         hopper_kernel[(programs,)](
-            q_desc=descriptor(query, _ROWS.value),
+            q_desc=descriptor(query, HALF.value),
             k_desc=descriptor(k_cache, launch.BN),
             v_desc=descriptor(v_cache, launch.BN),
-            o_desc=descriptor(written, _ROWS.value),
+            o_desc=descriptor(written, HALF.value),
             cache_seqlens=cache_seqlens,
             cache_batch_idx=cache_batch_idx,
             lse=lse,
@@ -521,7 +448,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     types |= dict.fromkeys(_SIZES, "i32")
     for dim, launch in config.HOPPER.items():
         for dtype, full in (("bf16", False), ("fp16", False), ("bf16", True)):
-            tiles = dict.fromkeys(("q_desc", "o_desc"), _ROWS.value)
+            tiles = dict.fromkeys(("q_desc", "o_desc"), HALF.value)
             tiles |= dict.fromkeys(("k_desc", "v_desc"), launch.BN)
             yield Compilation(
                 kernel=hopper_kernel,

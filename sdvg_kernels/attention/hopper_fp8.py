@@ -35,20 +35,9 @@ from sdvg_kernels._budget import Compilation
 from sdvg_kernels.attention import config
 from sdvg_kernels.attention.descriptor import LAYOUT, can_copy, descriptor, swizzled, tiled
 from sdvg_kernels.attention.e4m3 import E4m3Cache
-from sdvg_kernels.attention.hopper import (
-    _LN2,
-    _LOG2E,
-    _NEVER,
-    _NO_WINDOW,
-    _ROWS,
-    _SIZES,
-    _bar,
-    _part,
-    _processors,
-    _rows,
-    _softmax,
-)
-from sdvg_kernels.attention.stream import ROWS, STATE, plan, segment, segments, sharers, unit
+from sdvg_kernels.attention.finish import HALF, NEVER, bar, finish, scale_rows
+from sdvg_kernels.attention.hopper import _LOG2E, _NO_WINDOW, _SIZES, _processors, _softmax
+from sdvg_kernels.attention.stream import ROWS, STATE, plan, segment, segments, unit
 
 _MAX = gl.constexpr(448.0)
 _WEIGHT = gl.constexpr(256.0)
@@ -92,7 +81,7 @@ def _produce(
             mbarrier.wait(q_free.index(i), (s & 1) ^ 1)
             mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q_desc, [i_b, row + i * _ROWS, i_h, 0], q_full.index(i), q_s.index(i)
+                q_desc, [i_b, row + i * HALF, i_h, 0], q_full.index(i), q_s.index(i)
             )
         for u in range(first, stop):
             slot, run_stop, shift = unit(u, runs, BN)
@@ -165,37 +154,35 @@ def _consume(
     cache_seqlens, lse, parts, state = device
     OWN: gl.constexpr = "9" if ID == 0 else "10"
     OTHER: gl.constexpr = "10" if ID == 0 else "9"
-    ALONE: gl.constexpr = "11" if ID == 0 else "12"
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     row_layout: gl.constexpr = gl.SliceLayout(1, x_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, x_layout)
-    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     b_q = rounded_s.index(ID)
-    b_zero = gl.zeros([_ROWS, BN], gl.float32, x_layout)
-    o_rows = gl.arange(0, _ROWS, row_layout)
+    b_zero = gl.zeros([HALF, BN], gl.float32, x_layout)
+    o_rows = gl.arange(0, HALF, row_layout)
     if ID == 1:
         # the first product is the other's
-        _bar("arrive", OTHER, "256")
+        bar("arrive", OTHER, "256")
     done = 0
     for s in range(segments(state)):
         place, ends, runs, n_unit, first, stop = segment(s, cache_seqlens, state, shape, BN)
-        o_r = place[0] + ID * _ROWS + o_rows
-        b_m = gl.full([_ROWS], _NEVER, gl.float32, row_layout)
-        b_o = gl.zeros([_ROWS, D], gl.float32, o_layout)
+        o_r = place[0] + ID * HALF + o_rows
+        b_m = gl.full([HALF], NEVER, gl.float32, row_layout)
+        b_o = gl.zeros([HALF, D], gl.float32, o_layout)
         b_r = _TINY
 
         mbarrier.wait(q_full.index(ID), s & 1)
-        _round(q_s.index(ID).reshape([_ROWS, D]), b_q, factor_s.index(ID), D)
+        _round(q_s.index(ID).reshape([HALF, D]), b_q, factor_s.index(ID), D)
         mbarrier.arrive(q_free.index(ID), count=1)
 
         stage = done % STAGES
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-        _bar("sync", OWN, "256")
+        bar("sync", OWN, "256")
         b_k = k_s.index(stage).reshape([BN, D]).permute((1, 0))
         b_x = warpgroup_mma(b_q, b_k, b_zero, use_acc=False, is_async=True)
-        _bar("arrive", OTHER, "256")
+        bar("arrive", OTHER, "256")
         b_x = warpgroup_mma_wait(0, deps=(b_x,))
         b_x = (
             b_x
@@ -214,13 +201,13 @@ def _consume(
             done += 1
             stage = done % STAGES
             mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-            _bar("sync", OWN, "256")
+            bar("sync", OWN, "256")
             b_k = k_s.index(stage).reshape([BN, D]).permute((1, 0))
             b_x = warpgroup_mma(b_q, b_k, b_zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             b_v = v_s.index(v_stage).reshape([D, BN]).permute((1, 0))
             b_o = warpgroup_mma(b_p, b_v, b_o, is_async=True)
-            _bar("arrive", OTHER, "256")
+            bar("arrive", OTHER, "256")
             b_x = warpgroup_mma_wait(1, deps=(b_x,))
             b_x = (
                 b_x
@@ -235,7 +222,7 @@ def _consume(
             mbarrier.arrive(k_free.index(stage), count=1)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(v_free.index(v_stage), count=1)
-            b_o = _rows(b_o, b_a * b_c)
+            b_o = scale_rows(b_o, b_a * b_c)
             b_p = b_e
         stage = done % STAGES
         mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
@@ -246,58 +233,14 @@ def _consume(
         b_o = b_o * (b_r * (1.0 / _WEIGHT))
         done += 1
 
-        finished = (first == 0) & (stop == n_unit)
-        if finished == 0:
-            c = gl.program_id(0)
-            c_first, c_last = sharers(state, first, stop, n_unit)
-            # the order of a part's elements is free: neighbouring threads are neighbours
-            o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-            o_p = (o_d % 8 + o_d // 8 * (8 * _ROWS))[None, :]
-            o_p = o_p + gl.arange(0, _ROWS, o_row_layout)[:, None] * 8
-            p_p = _part(parts, c, first == 0, ID, D)
-            gl.store(p_p + o_rows, b_m)
-            gl.store(p_p + _ROWS + o_rows, b_l)
-            gl.store(p_p + 2 * _ROWS + o_p, b_o)
-            _bar("sync", ALONE, "128")
-            p_arrived = state + c_first * STATE + ID
-            finished = gl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == c_last - c_first
-            if finished:
-                b_m = gl.full([_ROWS], _NEVER, gl.float32, row_layout)
-                b_l = gl.zeros([_ROWS], gl.float32, row_layout)
-                b_o = gl.zeros([_ROWS, D], gl.float32, o_layout)
-                for i_c in range(c_first, c_last + 1):
-                    p_p = _part(parts, i_c, i_c == c_first, ID, D)
-                    b_pm = gl.load(p_p + o_rows, cache_modifier=".cg")
-                    b_pl = gl.load(p_p + _ROWS + o_rows, cache_modifier=".cg")
-                    b_po = gl.load(p_p + 2 * _ROWS + o_p, cache_modifier=".cg")
-                    b_n = gl.maximum(b_m, b_pm)
-                    b_z = gl.where(b_n == _NEVER, 0.0, b_n)
-                    b_a = gl.exp2(b_m - b_z)
-                    b_w = gl.exp2(b_pm - b_z)
-                    b_m = b_n
-                    b_l = b_l * b_a + b_pl * b_w
-                    b_o = _rows(b_o, b_a) + _rows(b_po, b_w)
-        if finished:
-            row, i_b, i_h = place
-            # rows before the sequence see nothing
-            m_seen = (b_l != 0.0) & (ends[0] + o_r >= 0)
-            b_w = 1.0 / gl.where(m_seen, b_l, 1.0)
-            m_seen_o = gl.convert_layout(m_seen, o_row_layout)[:, None]
-            b_o = gl.where(m_seen_o, _rows(b_o, b_w), 0.0)
-            # the last tile's copy has left the stage
-            tma.store_wait(0)
-            _bar("sync", ALONE, "128")
-            o_s.index(ID).reshape([_ROWS, D]).store(b_o.to(o_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [i_b, row + ID * _ROWS, i_h, 0], o_s.index(ID))
-            if HAS_LSE:
-                b_s = gl.where(m_seen, (b_m + gl.log2(b_l)) * _LN2, _NEVER)
-                p_lse = lse + (i_b * shape[2] + i_h).to(gl.int64) * shape[0]
-                gl.store(p_lse + o_r, b_s, mask=o_r < shape[0])
+        finish(
+            ID, (b_m, b_l, b_o), o_rows, (first, stop, n_unit), place, ends, o_desc, o_s, device,
+            shape, HAS_LSE, D,
+        )  # fmt: skip
     tma.store_wait(0)
     if ID == 0:
         # no arrival of the other is left over for the next kernel
-        _bar("sync", OWN, "256")
+        bar("sync", OWN, "256")
 
 
 @gluon.jit(do_not_specialize=(*_SIZES, "S", "HK"))
@@ -340,16 +283,16 @@ def hopper_fp8_kernel(
     BIAS_TO_BLOCK: gl.constexpr,
 ):
     """Write out [B, T, H, D] and lse [B, H, T]; `state` must be zero."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, _ROWS, 1, D], q_desc.layout)
-    o_s = gl.allocate_shared_memory(o_desc.dtype, [2, 1, _ROWS, 1, D], o_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, HALF, 1, D], q_desc.layout)
+    o_s = gl.allocate_shared_memory(o_desc.dtype, [2, 1, HALF, 1, D], o_desc.layout)
     k_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 1, D, BN], v_desc.layout)
     # factors of a stage's K, then of its V
     scale_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scale_s = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BN], scale_layout)
     rounded_layout: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
-    rounded_s = gl.allocate_shared_memory(gl.float8e4nv, [2, _ROWS, D], rounded_layout)
-    factor_s = gl.allocate_shared_memory(gl.float32, [2, _ROWS], scale_layout)
+    rounded_s = gl.allocate_shared_memory(gl.float8e4nv, [2, HALF, D], rounded_layout)
+    factor_s = gl.allocate_shared_memory(gl.float32, [2, HALF], scale_layout)
     beside = (scale_s, rounded_s, factor_s)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -431,13 +374,13 @@ def block_causal_attention(
     launch = config.HOPPER_FP8[dim]
     programs = programs or _processors(query.device)
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
-    parts = query.new_empty((programs, 4, _ROWS.value * (dim + 2)), dtype=torch.float32)
+    parts = query.new_empty((programs, 4, HALF.value * (dim + 2)), dtype=torch.float32)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         hopper_fp8_kernel[(programs,)](
-            q_desc=descriptor(query, _ROWS.value),
+            q_desc=descriptor(query, HALF.value),
             k_desc=descriptor(cache.k, launch.BN),
             v_desc=tiled(cache.v, (1, 1, dim, launch.BN)),
-            o_desc=descriptor(written, _ROWS.value),
+            o_desc=descriptor(written, HALF.value),
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
             cache_seqlens=cache_seqlens,
@@ -488,7 +431,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     integers = ("cache_seqlens", "cache_batch_idx", "state")
     types |= dict.fromkeys(integers, "*i32") | dict.fromkeys((*_SIZES, "S", "HK"), "i32")
     for dim, launch in config.HOPPER_FP8.items():
-        rows = f"tensordesc<bf16[1, {_ROWS.value}, 1, {dim}],{LAYOUT!r}>"
+        rows = f"tensordesc<bf16[1, {HALF.value}, 1, {dim}],{LAYOUT!r}>"
         tiles = {
             "q_desc": rows,
             "k_desc": f"tensordesc<fp8e4nv[1, {launch.BN}, 1, {dim}],{swizzled(1, dim)!r}>",

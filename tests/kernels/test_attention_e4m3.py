@@ -481,7 +481,7 @@ PLANTED: dict[str, tuple[str, str, str | None]] = {
     "factors not awaited": (FACTORS, FACTORS.replace("2", "1"), "more came|waits for|never"),
     "rounded Q not fenced": (ROUNDED + "    fence_async_shared()\n", ROUNDED, "no fence"),
     "factors of V in those of K": (V_FACTORS, V_FACTORS.replace(" + 1", ""), "never written"),
-    "O does not follow r": ("_rows(b_o, b_a * b_c)", "_rows(b_o, b_a)", None),
+    "O does not follow r": ("scale_rows(b_o, b_a * b_c)", "scale_rows(b_o, b_a)", None),
     "weights not undone": ("(b_r * (1.0 / _WEIGHT))", "b_r", None),
     "tail of V not cleaned": (CLEAN, "pass", None),
 }

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from sdvg_kernels.attention import hopper, stream
+from sdvg_kernels.attention import finish, hopper, stream
 from sdvg_kernels.testing import GluonLane, LaneFault
 from tests.kernels.test_attention import Case, Inputs, check, make
 from tests.kernels.test_gluon_lane import planted
@@ -61,10 +61,10 @@ V_RELEASE = "            mbarrier.arrive(v_free.index(v_stage), count=1)\n"
 Q_RELEASE = "        mbarrier.arrive(q_free.index(ID), count=1)\n"
 CLEAN = "_clean(v_s.index(stage).reshape([BN, D]), run_stop - slot, BN, D)"
 CLEAN_FENCE = lines("            chunk.store(b_v)", "    fence_async_shared()")
-MEET = '            _bar("sync", ALONE, "128")\n            p_a'
+MEET = '        bar("sync", ALONE, "128")\n        p_a'
 WHOSE_PART = "2 * i_c + begins.to(gl.int32)"
-OUT_FENCE = "            fence_async_shared()\n            tma.async_copy_shared_to_global"
-MERGE = "b_o = _rows(b_o, b_a) + _rows(b_po, b_w)"
+OUT_FENCE = "        fence_async_shared()\n        tma.async_copy_shared_to_global"
+MERGE = "b_o = scale_rows(b_o, b_a) + scale_rows(b_po, b_w)"
 
 # what is planted in hopper.py: (old, new, what the lane says); None: the output is wrong
 PLANTED: dict[str, tuple[str, str, str | None]] = {
@@ -91,22 +91,11 @@ PLANTED: dict[str, tuple[str, str, str | None]] = {
         "",
         "nothing waits for|never written",
     ),
-    "output not fenced": (OUT_FENCE, OUT_FENCE.split("\n")[1], "no fence_async_shared"),
-    "no rescale of O": ("b_o = _rows(b_o, b_a)\n", "pass\n", None),
+    "no rescale of O": ("b_o = scale_rows(b_o, b_a)\n", "pass\n", None),
     "no rescale of the sum": ("b_l = b_l * b_a + gl.sum", "b_l = b_l + gl.sum", None),
     "masks left out": ("    if edge:\n", "    if edge & False:\n", None),
-    "merge without weights": (MERGE, "b_o = b_o + b_po", None),
-    "merge leaves one out": ("range(c_first, c_last + 1)", "range(c_first, c_last)", None),
-    "merged by the last but one": (
-        "== c_last - c_first\n",
-        "== c_last - c_first - 1\n",
-        "nothing orders",
-    ),
-    "part not finished": (MEET, "            p_a", "nothing orders"),
-    "hand-over relaxed": ('sem="acq_rel"', 'sem="relaxed"', "nothing orders"),
-    "parts of two tiles in one place": (WHOSE_PART, "2 * i_c", "nothing orders"),
     "lost turn": (
-        lines('            _bar("arrive", OTHER, "256")', QK_DONE[:-1]),
+        lines('            bar("arrive", OTHER, "256")', QK_DONE[:-1]),
         QK_DONE,
         "deadlock.*named barrier",
     ),
@@ -116,6 +105,21 @@ PLANTED: dict[str, tuple[str, str, str | None]] = {
         lines("    if ID == 0:"),
         "never waited for",
     ),
+}  # fmt: skip
+
+# ... in finish.py
+IN_FINISH: dict[str, tuple[str, str, str | None]] = {
+    "output not fenced": (OUT_FENCE, OUT_FENCE.split("\n")[1], "no fence_async_shared"),
+    "merge without weights": (MERGE, "b_o = b_o + b_po", None),
+    "merge leaves one out": ("range(c_first, c_last + 1)", "range(c_first, c_last)", None),
+    "merged by the last but one": (
+        "== c_last - c_first\n",
+        "== c_last - c_first - 1\n",
+        "nothing orders",
+    ),
+    "part not finished": (MEET, "        p_a", "nothing orders"),
+    "hand-over relaxed": ('sem="acq_rel"', 'sem="relaxed"', "nothing orders"),
+    "parts of two tiles in one place": (WHOSE_PART, "2 * i_c", "nothing orders"),
 }  # fmt: skip
 
 # ... and in stream.py
@@ -154,10 +158,11 @@ def test_a_fault_in_the_kernel_is_found(fault: str, random: torch.Generator) -> 
     found_in(planted(hopper, old, new), fault, says, random)
 
 
-@pytest.mark.parametrize("fault", IN_STREAM)
-def test_a_fault_in_the_plan_or_the_mask_is_found(fault: str, random: torch.Generator) -> None:
-    old, new, says = IN_STREAM[fault]
-    broken, module = planted(stream, old, new), planted(hopper, "", "")
+@pytest.mark.parametrize("fault", [*IN_STREAM, *IN_FINISH])
+def test_a_fault_in_what_the_kernels_share_is_found(fault: str, random: torch.Generator) -> None:
+    room, faults = (stream, IN_STREAM) if fault in IN_STREAM else (finish, IN_FINISH)
+    old, new, says = faults[fault]
+    broken, module = planted(room, old, new), planted(hopper, "", "")
     for name, value in vars(broken).items():
         if isinstance(value, type(stream.plan)) and hasattr(hopper, name):
             setattr(module, name, value)
