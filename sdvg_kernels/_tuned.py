@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -47,13 +47,13 @@ def choose(
         candidates: gives the launches that a file may name.
     """
     if _FORCED and (op, key) in _FORCED:
-        return _FORCED[op, key]  # type: ignore[return-value]
+        return cast("_Launch", _FORCED[op, key])
     if gpu is None:
         return default
     chosen = _CHOSEN.get((op, key, gpu))
     if chosen is None:
         chosen = _CHOSEN[op, key, gpu] = _measured(op, key, gpu, candidates) or default
-    return chosen  # type: ignore[return-value]
+    return cast("_Launch", chosen)
 
 
 def _measured(
@@ -72,8 +72,8 @@ def _measured(
 
 def numbers(launch: object) -> dict[str, int]:
     """Return a launch's parameters without its reason, as a file holds them."""
-    values = dataclasses.asdict(launch)  # type: ignore[call-overload]
-    return {name: value for name, value in values.items() if name != "reason"}
+    names = (field.name for field in dataclasses.fields(launch))
+    return {name: getattr(launch, name) for name in names if name != "reason"}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class SDVGPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->drafter->transformer->vae"
-    _optional_components = ["drafter", "transformer"]  # noqa: RUF012  diffusers' own form
+    _optional_components: ClassVar[list[str]] = ["drafter", "transformer"]
 
     def __init__(
         self,

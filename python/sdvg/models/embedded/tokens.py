@@ -118,15 +118,16 @@ def load(
         ValueError: a file is missing, cut short, or does not fit its config; the sentence names
         the file.
     """
+    folder = Path(folder) if folder is not None else FOLDER
     try:
-        import diffusers  # noqa: F401
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        vq = load_vq(folder)
     except ImportError as error:
         raise ImportError(
             "tokens: the models need diffusers and transformers: pip install 'sdvg[diffusers]'"
         ) from error
-    folder = Path(folder) if folder is not None else FOLDER
-    vq, text = load_vq(folder), load_text()
+    text = load_text()
     _check(
         folder / "model" / "model.safetensors",
         lambda: LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "model")),
