@@ -59,6 +59,7 @@ def finish(
     first, stop, n_unit = span
     cache_seqlens, lse, parts, state = device
     ALONE: gl.constexpr = "11" if ID == 0 else "12"
+    row_layout: gl.constexpr = b_m.type.layout
     o_layout: gl.constexpr = b_o.type.layout
     o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     o_r = place[0] + ID * HALF + o_rows
@@ -78,8 +79,8 @@ def finish(
         p_arrived = state + c_first * STATE + ID
         finished = gl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == c_last - c_first
         if finished:
-            b_m = gl.full([HALF], NEVER, gl.float32, b_m.type.layout)
-            b_l = gl.zeros([HALF], gl.float32, b_m.type.layout)
+            b_m = gl.full([HALF], NEVER, gl.float32, row_layout)
+            b_l = gl.zeros([HALF], gl.float32, row_layout)
             b_o = gl.zeros([HALF, D], gl.float32, o_layout)
             for i_c in range(c_first, c_last + 1):
                 p_p = _part(parts, i_c, i_c == c_first, ID, D)
