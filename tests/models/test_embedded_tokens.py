@@ -152,11 +152,12 @@ def test_thinning_keeps_every_stroke_and_the_mean(
 ) -> None:
     g = torch.Generator().manual_seed(4)
     dark = int(ids[:, embedded.PROMPT :].flatten().mode().values)
-    whole = train.thin(ids, dark, models.codes, 4096, g)
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=models.codes)
+    whole = train.thin(ids, following, dark, models.codes, 4096, g)
     assert torch.equal(whole.slots, torch.arange(ids.shape[1]).expand_as(ids))
     # every code but none of the actions counts once
     assert (whole.weight.sum(1) == embedded.FRAMES * 256).all()
-    part = train.thin(ids, dark, models.codes, 700, g)
+    part = train.thin(ids, following, dark, models.codes, 700, g)
     assert (part.slots.diff(dim=1) > 0).all()
     assert torch.equal(part.targets, whole.targets.gather(1, part.slots))
     torch.testing.assert_close(part.weight.sum(1), whole.weight.sum(1))

@@ -63,7 +63,12 @@ def _optimizers(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
         # a row of these belongs to one token
         token = any(part in name for part in ("table", "embed_tokens", "lm_head"))
         (matrices if hidden and not token else rest).append(p)
-    return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr)]
+    made: list[torch.optim.Optimizer] = []
+    if rest:
+        made.append(torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0))
+    if matrices:
+        made.append(Muon(matrices, lr))
+    return made
 
 
 def fit(

@@ -8,8 +8,9 @@ checkpoints in ``--runs``.
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
 from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS, SPEEDS
@@ -233,6 +235,7 @@ def forward(
     positions: Tensor,
     memory: Memory | None = None,
     start: int = 0,
+    mask: Tensor | BlockMask | None = None,
 ) -> Tensor:
     """Logits ``[B, L, vocabulary]``: the stock model's arithmetic, on a CPU in half its time.
 
@@ -240,6 +243,7 @@ def forward(
         ids: ``[B, L]``; each attends to those before it, whichever slots they come from.
         positions: their slots ``[B, L]`` or ``[L]``.
         memory: written at ``start`` to ``start + L``; with ``start`` above 0 ``L`` must be 1.
+        mask: what each attends to instead: bool ``[B, 1, L, L]``, or FlexAttention's.
     """
     x = model.model.embed_tokens(ids)
     inner = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
@@ -258,7 +262,7 @@ def forward(
             end = start + key.shape[2]
             memory.keys[i, :, :, start:end], memory.values[i, :, :, start:end] = key, value
             key, value = memory.keys[i, :, :, :end], memory.values[i, :, :, :end]
-        out = _attend(query, key, value)
+        out = _attend(query, key, value, mask)
         x = x + attn.o_proj(out.transpose(1, 2).flatten(2))
         n = _rms(layer.post_attention_layernorm, x).to(inner)
         mlp = layer.mlp
@@ -266,15 +270,24 @@ def forward(
     return model.lm_head(_rms(model.model.norm, x))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention ``[B, H, L, 64]`` of as many last slots as there are queries, all or one."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None = None
+) -> Tensor:
+    """Attention ``[B, H, L, 64]``: causal, of all slots or of the last alone, or as masked."""
+    if isinstance(mask, BlockMask):
+        return _flex()(query, key, value, block_mask=mask, enable_gqa=True)
     if query.shape[2] == 1:
         # heads that share keys stand in as queries: nothing of the memory is copied
         grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
         return F.scaled_dot_product_attention(grouped, key, value).flatten(1, 2).unsqueeze(2)
     shared = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(shared, 1) for part in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _rms(norm: nn.Module, x: Tensor) -> Tensor:
@@ -294,15 +307,16 @@ class Thinned(NamedTuple):
     weight: Tensor  # [N, L] float32; 0 where no code follows
 
 
-def thin(ids: Tensor, dark: int, codes: int, length: int, g: torch.Generator) -> Thinned:
+def thin(
+    ids: Tensor, following: Tensor, dark: int, codes: int, length: int, g: torch.Generator
+) -> Thinned:
     """``length`` slots of each of ``ids [N, S]``: all near a stroke, and some of the dark.
 
     Nine tokens in ten are dark and say little. Those kept count for those left out, so that the
-    mean loss is that of whole sequences. ``dark`` is the code of an empty cell; ids below
-    ``codes`` are codes.
+    mean loss is that of whole sequences. ``following [N, S]`` is what each slot predicts, ``dark``
+    the code of an empty cell; ids below ``codes`` are codes.
     """
     n, total = ids.shape
-    following = F.pad(ids[:, 1:], (0, 1), value=codes)
     is_dark = (ids == dark) & (following == dark)
     # a slot's own fate depends on nothing after what it predicts: slots kept give nothing away
     rank = (~is_dark).float() + 0.999 * torch.rand(n, total, generator=g)
@@ -319,16 +333,13 @@ def train_model(
 ) -> LlamaForCausalLM:
     """The trained model: clips thinned out first, short then long; then all slots (`PHASES`).
 
-    Frame 0, which has everything to invent, weighs three times its share. A few codes of the
-    context are those of a near miss, so that the model goes on from its own.
+    A few codes of the context are those of a near miss, so that the model goes on from its own.
     """
     torch.manual_seed(seed)
     text = load_text()
     model = build(vq.config.num_vq_embeddings + len(text) + len(ACTIONS))
     models = VideoTokens(vq, model, text)
-    # training gave the dark a code alone
-    shown = _frames(load_scans(), 64, torch.Generator().manual_seed(seed))
-    dark = int(models.encode(shown[:, 0] / 2 + 0.5).flatten().mode().values)
+    dark = dark_code(models, seed)
     near = neighbours(vq)
 
     def loss(g: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -336,27 +347,42 @@ def train_model(
         clips = sample_clips(count, frames, g)
         codes = models.encode(clips.frames)
         ids = models.sequence(models.prompts(clips.prompts), codes, clips.actions)
-        slots, targets, weight = thin(ids, dark, models.codes, length, g)
-        spoilt = spoil(ids, dark, near, g).gather(1, slots)
+        following = F.pad(ids[:, 1:], (0, 1), value=models.codes)
+        chosen = thin(ids, following, dark, models.codes, length, g)
+        spoilt = spoil(ids, dark, near, g).gather(1, chosen.slots)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(model, spoilt, slots).float()
-        error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        error = weight * error.view_as(weight)
-        stroke = (weight > 0) & (targets != dark)
+            logits = forward(model, spoilt, chosen.slots).float()
         # of frame 0: from the prompt's last slot on
-        is_first = slots < models.slot(1) - 2
-        parts = {
-            "first": error[is_first].sum() / stroke[is_first].sum(),
-            "later": error[~is_first].sum() / stroke[~is_first].sum(),
-        }
-        hits = (logits.argmax(-1) == targets)[stroke & ~is_first].float().mean()
-        total = error.sum() + 2 * error[is_first].sum()
-        return {"loss": total / stroke.sum(), **parts, "accuracy": hits}
+        return weigh(logits, chosen, dark, chosen.slots < models.slot(1) - 2)
 
     return fit(
         "tokens-model", model, loss, steps=steps, lr=2e-3, runs=runs, resume=resume, seed=seed,
         ema=0.99,
     )  # fmt: skip
+
+
+def weigh(logits: Tensor, chosen: Thinned, dark: int, is_first: Tensor) -> dict[str, Tensor]:
+    """The loss per stroke, its two parts, and how often the likeliest code is right.
+
+    Frame 0 (``is_first [N, L]``), which has everything to invent, weighs three times its share.
+    """
+    _, targets, weight = chosen
+    error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    error = weight * error.view_as(weight)
+    stroke = (weight > 0) & (targets != dark)
+    parts = {
+        "first": error[is_first].sum() / stroke[is_first].sum(),
+        "later": error[~is_first].sum() / stroke[~is_first].sum(),
+    }
+    hits = (logits.argmax(-1) == targets)[stroke & ~is_first].float().mean()
+    total = error.sum() + 2 * error[is_first].sum()
+    return {"loss": total / stroke.sum(), **parts, "accuracy": hits}
+
+
+def dark_code(models: VideoTokens, seed: int = 0) -> int:
+    """The code of an empty cell: training gave the dark one alone."""
+    shown = _frames(load_scans(), 64, torch.Generator().manual_seed(seed))
+    return int(models.encode(shown[:, 0] / 2 + 0.5).flatten().mode().values)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from sdvg.models.checkpoints import read_tensors
 from sdvg.models.embedded import WEIGHTS, _check, _exists
 from sdvg.models.embedded.prompts import DIRECTIONS, SPEEDS
 from sdvg.models.embedded.text import LENGTH, tokens
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "tokens"
+UPDATE = Path("diagonal") / "update.safetensors"
 PROMPT = LENGTH  # tokens, fixed; shorter prompts are padded
 HEIGHT, WIDTH = 16, 16  # tokens of a frame
 CELL = 2  # pixels, height and width of a token
@@ -106,11 +108,13 @@ def decode(vq: VQModel, codes: Tensor) -> Tensor:
 def load(
     folder: str | Path | None = None,
     *,
+    tuned: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoTokens:
     """The models in ``folder`` (default: the shipped ones), in eval mode, on ``device``.
 
+    ``tuned`` merges the update for diagonal decoding (``python -m sdvg.train.diagonal_tune``).
     ``dtype`` is the Llama's; the tokenizer, whose codes must not depend on it, stays in float32.
 
     Raises:
@@ -132,7 +136,11 @@ def load(
         folder / "model" / "model.safetensors",
         lambda: LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "model")),
     )
-    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(device).eval()
+    # updated in float32, then rounded
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    if tuned:
+        merge(model, folder / UPDATE)
+    model = model.to(device, dtype)
     made = VideoTokens(vq.to(device), model.requires_grad_(False), text)
     wanted = made.codes + len(text) + len(ACTIONS)
     if model.config.vocab_size != wanted:
@@ -141,6 +149,39 @@ def load(
             f"text, actions), got {model.config.vocab_size}"
         )
     return made
+
+
+@torch.no_grad()
+def merge(model: LlamaForCausalLM, path: Path) -> None:
+    """Add a low-rank update (peft's names, scale 1) to the model's weights, in place.
+
+    Raises ValueError for a file that is missing, broken, or not such a model's.
+    """
+    wanted = {
+        f"{name}.lora_{part}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+        for part in "AB"
+    }
+    found = read_tensors(path, "tokens")
+    if odd := sorted(wanted ^ found.keys()):
+        raise ValueError(
+            f"tokens: {path} must hold the {len(wanted)} tensors of the model's update, "
+            f"got {len(found)} ({odd[0]} differs)"
+        )
+    for name in sorted(wanted):
+        if name.endswith("lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            down, up = found[name].float(), found[f"{layer}.lora_B.weight"].float()
+            weight = model.get_submodule(layer).weight
+            if down.dim() != 2 or [*up.shape, *down.shape[1:]] != [
+                weight.shape[0], len(down), weight.shape[1]
+            ]:  # fmt: skip
+                raise ValueError(
+                    f"tokens: {path} must multiply to the model's weights, got {list(up.shape)} x "
+                    f"{list(down.shape)} for {list(weight.shape)} ({layer})"
+                )
+            weight += up @ down
 
 
 def load_vq(folder: Path) -> VQModel:
