@@ -1,5 +1,5 @@
 """Fused attention over block-causal KV caches."""
 
-from sdvg_kernels.attention.api import KeyBias, block_causal_attention
+from sdvg_kernels.attention.api import KeyBias, block_causal_attention, dense_attention
 
-__all__ = ["KeyBias", "block_causal_attention"]
+__all__ = ["KeyBias", "block_causal_attention", "dense_attention"]

@@ -1,4 +1,7 @@
-"""`block_causal_attention`: the newest tokens attend to a ring cache with a sink and a window."""
+"""`block_causal_attention`: the newest tokens attend to a ring cache with a sink and a window.
+
+`dense_attention` is the same where every row sees every key.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +78,9 @@ def block_causal_attention(
     the sink and the newest `S - sink` tokens, and one that it no longer holds is not seen. With `L`
     the length, row `i` is token `L - T + i`; its block ends at `min(L, L - T + (i // block_size +
     1) * block_size)`, so the last block may be partial. Rows before the sequence (`L < T`) and rows
-    that see no key give 0 and `lse = -inf`. Keys and values that no row sees may be NaN. There is
-    no backward.
+    that see no key give 0 and `lse = -inf`. Keys and values that no row sees may be NaN. `T` may be
+    more than `S` where `L >= T`: the ring then holds less than the query's own tokens. There is no
+    backward.
 
     Args:
         query: [B, T, H, D] bfloat16, float16, float32 (the reference: float64 too).
@@ -172,6 +176,54 @@ def block_causal_attention(
     else:
         lse = torch.ops.sdvg_kernels.block_causal_attention_out(*arguments, out=out)
     return (out, lse) if return_lse else out
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every row of `query` over all of `key`: cross-attention, or one whole clip.
+
+    Equals `F.scaled_dot_product_attention` without a mask, of tensors `[B, T, H, D]`, with
+    `enable_gqa`. It is `block_causal_attention` over a ring that is full to the last slot: one of
+    a sequence of `S`, `2 S`, ... tokens, so many that the query's are among them.
+
+    Args:
+        query: [B, T, H, D], any T; dtypes and strides as for `block_causal_attention`.
+        key, value: [B, S, Hk, D] of query's dtype, `H % Hk == 0`, `S >= 1`.
+        softmax_scale, out, return_lse, implementation: as for `block_causal_attention`.
+
+    Returns:
+        out [B, T, H, D], contiguous; with `return_lse`, also lse [B, H, T] float32, natural log.
+
+    Raises:
+        As `block_causal_attention`, where `key` and `value` are the caches.
+
+    Mutates: `out`. Deterministic; no host synchronisation; safe in a CUDA graph. No backward.
+    Cost: 4 B T S H D FLOP.
+    """
+    _value(query.dim() == 4, "query", "be [B, T, H, D]", query.shape)
+    _value(key.dim() == 4, "k_cache", "be [Bc, S, Hk, D] with query's D", key.shape)
+    slots = max(key.shape[1], 1)
+    # whole rounds: the first slot is the first token that is seen, and no tile wraps
+    tokens = slots * max(1, -(-query.shape[1] // slots))
+    lengths = torch.full((query.shape[0],), tokens, dtype=torch.int32, device=query.device)
+    return block_causal_attention(
+        query,
+        key,
+        value,
+        lengths,
+        softmax_scale=softmax_scale,
+        out=out,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
 
 
 def _check_tensors(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sdvg_kernels import block_causal_attention
+from sdvg_kernels import block_causal_attention, dense_attention
 from sdvg_kernels.attention import KeyBias, api, config
 from sdvg_kernels.testing import (
     Lane,
@@ -75,6 +75,7 @@ CASES = {
     "blocks across tiles": Case((90,), 40, 96, sink=5, window=33, block_size=12),
     "blocks, wrapped": Case((150, 97), 24, 70, sink=6, window=40, block_size=8),
     "block larger than query": Case((30,), 5, 40, block_size=50),
+    "query longer than the ring": Case((61, 47), 40, 13, sink=3, block_size=7),
     "grouped queries": Case((45,), 6, 48, heads=6, heads_cached=2),
     "grouped blocks": Case((50, 2), 7, 60, 4, 31, 3, 6, 2, key_bias=KREA),
     "too many rows to group": Case((40,), 22, 48, heads=6, heads_cached=2),
@@ -394,6 +395,73 @@ def test_a_fake_tensor_has_the_shapes_of_the_real_one(random: torch.Generator) -
             expected.stride(),
             expected.dtype,
         )
+
+
+# --- dense attention ---
+
+# B, T, S, H, Hk, D
+DENSE = {
+    "as many": (2, 23, 23, 2, 2, 64),
+    "more queries than keys": (1, 45, 7, 2, 1, 64),
+    "many more": (1, 130, 3, 3, 3, 64),
+    "one key": (2, 17, 1, 2, 2, 64),
+    "more keys than queries": (2, 5, 77, 4, 2, 64),
+    "grouped, wide": (1, 21, 19, 6, 2, 128),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_attention_sees_every_key(
+    name: str, dtype: torch.dtype, lane: Lane, random: torch.Generator
+) -> None:
+    batch, rows, keys, heads, heads_cached, dim = DENSE[name]
+    query = torch.randn(batch, rows, heads, dim, generator=random).to(lane.device, dtype)
+    key, value = (
+        torch.randn(batch, keys, heads_cached, dim, generator=random).to(lane.device, dtype)
+        for _ in range(2)
+    )
+    out, lse = dense_attention(
+        query, key, value, return_lse=True, implementation=lane.implementation
+    )
+
+    def plain(wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (tensor.to(wide).transpose(1, 2) for tensor in (query, key, value))
+        k, v = (tensor.repeat_interleave(heads // heads_cached, 1) for tensor in (k, v))
+        logits = q * dim**-0.5 @ k.transpose(2, 3)
+        return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1)
+
+    same, exact = plain(dtype), plain(torch.float64)
+    assert_within_budget(out, same[0], exact[0])
+    assert_within_budget(lse, same[1].float(), exact[1], "lse")
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_dense_attention_in_parts(splits: int, lane: Lane, random: torch.Generator) -> None:
+    query = torch.randn(1, 5, 2, 64, generator=random).to(lane.device)
+    key, value = torch.randn(2, 1, 3, 2, 64, generator=random).to(lane.device)
+    lengths = torch.full((1,), 6, dtype=torch.int32, device=lane.device)
+    out = block_causal_attention(
+        query, key, value, lengths, num_splits=splits, implementation=lane.implementation
+    )
+    whole = dense_attention(query, key, value, implementation=lane.implementation)
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-6)
+
+
+def test_dense_attention_writes_out_and_scales(lane: Lane, random: torch.Generator) -> None:
+    query, key = (torch.randn(1, n, 2, 64, generator=random).to(lane.device) for n in (20, 9))
+    out = torch.full_like(query, torch.nan)
+    how = lane.implementation
+    assert dense_attention(query, key, key, softmax_scale=0.5, out=out, implementation=how) is out
+    same = dense_attention(query * 4, key, key, softmax_scale=0.125, implementation=how)
+    torch.testing.assert_close(out, same, rtol=0, atol=1e-5)
+
+
+def test_dense_attention_of_nothing_and_over_nothing() -> None:
+    key = torch.zeros(1, 3, 2, 64)
+    assert dense_attention(key[:, :0], key, key).shape == (1, 0, 2, 64)
+    with pytest.raises(ValueError, match="k_cache must have at least one slot"):
+        dense_attention(key, key[:, :0], key[:, :0])
 
 
 # --- error texts ---
