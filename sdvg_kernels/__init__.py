@@ -19,6 +19,7 @@ _EXPORTS = {
     "select_": "cache",
     "PointerTable": "cache",
     "block_causal_attention": "attention",
+    "dense_attention": "attention",
     "KeyBias": "attention",
     "route_blocks": "verify",
     "rope_table": "rope",
