@@ -29,6 +29,10 @@ _EXPORTS = {
     "gated_residual": "modulation",
     "gated_residual_layer_norm": "modulation",
     "preprocess_frames": "frames",
+    "diagonal_schedule": "diagonal",
+    "DiagonalSchedule": "diagonal",
+    "TokenGrid": "diagonal",
+    "diagonal_mask": "diagonal",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 

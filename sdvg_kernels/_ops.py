@@ -173,3 +173,13 @@ define(
     host_lane=True,
 )
 define("select_(Tensor accept, Tensor(a!)[] draft, Tensor[] other) -> ()", _mutates, host_lane=True)
+
+# diagonal: grid is [prefix, height, width, row stride, frame stride, k, lead, passes of a frame]
+
+define(
+    "diagonal_mask(Tensor slots, Tensor steps, int size, int[] grid, Tensor? cache_leftpad,"
+    " ScalarType dtype, bool packed, str implementation) -> Tensor",
+    lambda slots, steps, size, grid, cache_leftpad, dtype, packed, _: slots.new_empty(
+        (*slots.shape, -(-size // 8) if packed else size), dtype=torch.uint8 if packed else dtype
+    ),
+)
