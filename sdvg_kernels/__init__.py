@@ -29,6 +29,7 @@ _EXPORTS = {
     "gated_residual": "modulation",
     "gated_residual_layer_norm": "modulation",
     "preprocess_frames": "frames",
+    "rms_norm_silu": "norm_silu",
     "diagonal_schedule": "diagonal",
     "DiagonalSchedule": "diagonal",
     "TokenGrid": "diagonal",

@@ -174,6 +174,14 @@ define(
 )
 define("select_(Tensor accept, Tensor(a!)[] draft, Tensor[] other) -> ()", _mutates, host_lane=True)
 
+# norm_silu: into `out`, part of the next convolution's input, and into `total` where it is given
+
+define(
+    "rms_norm_silu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool silu,"
+    " Tensor(a!)? total, Tensor(b!) out, str implementation) -> ()",
+    _mutates,
+)
+
 # diagonal: grid is [prefix, height, width, row stride, frame stride, k, lead, passes of a frame]
 
 define(
