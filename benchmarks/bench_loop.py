@@ -23,6 +23,7 @@ class NoModel:
     """A `CausalModel` that is next to nothing: what is left is the loop."""
 
     receptive_frames = None
+    window_frames = None
     sink_frames = 0
     dtype = torch.float32
 

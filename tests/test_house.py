@@ -22,7 +22,7 @@ SHARED = ("_ops", "_check", "_budget", "_tuned")
 
 # a room imports only from the storeys below its own
 STOREYS = (
-    ("types", "noise", "clock", "video"),
+    ("types", "noise", "clock", "host", "video"),
     ("router", "schedule", "cache", "models", "scorers"),
     ("commit",),
     ("engine", "tokens"),

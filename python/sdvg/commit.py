@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdvg import noise
 from sdvg.clock import Clock
-from sdvg.schedule import Schedule
+from sdvg.host import Rows, move
+from sdvg.schedule import Schedule, noise_level
 from sdvg.types import CausalModel
 
 
@@ -34,7 +35,11 @@ _HOLDERS: weakref.WeakKeyDictionary[CausalModel, weakref.ref[CachedModel]] = (
 
 
 class CachedModel:
-    """A model, and how much of each sequence its cache holds."""
+    """A model, and how much of each sequence its cache holds.
+
+    Blocks have places in the cache. A block's place is its index, until `restart` leaves out the
+    oldest ones but the sink: what follows moves up.
+    """
 
     def __init__(
         self,
@@ -47,21 +52,32 @@ class CachedModel:
         self.model, self.schedule, self.policy = model, schedule, policy
         # the stage that its clean passes are timed as
         self.stage = stage
-        # blocks in the cache, for each sequence
+        # places in the cache that are filled, for each sequence
         self.written = [0] * len(prompts)
+        # the blocks that have no place: after the sink, before what was seen at the last restart
+        self._left_out = range(0)
         model.start(prompts)
         _HOLDERS[model] = weakref.ref(self)
 
-    def restart(self, prompts: Sequence[str]) -> None:
-        """Empty the cache and follow `prompts`: what is still seen will be written anew."""
+    def restart(self, prompts: Sequence[str], made: int | None = None) -> None:
+        """Empty the cache and follow `prompts`: what is still seen will be written anew.
+
+        Of the first `made` blocks the sink and those in the next block's window keep a place; None:
+        all do.
+        """
         self._require_held()
+        size, _, _, _ = self.model.block_shape
+        sink, window = math.ceil(self.model.sink_frames / size), self.model.window_frames
+        self._left_out = range(0)
+        if made is not None and window is not None:
+            self._left_out = range(sink, max(sink, made - math.ceil((window - size) / size)))
         self.written = [0] * len(prompts)
         self.model.start(prompts)
 
     def catch_up(
         self,
         index: int,
-        rows: Tensor | None,
+        rows: Rows | None,
         blocks: Sequence[Tensor] | Mapping[int, Tensor],
         clock: Clock,
     ) -> int:
@@ -76,58 +92,63 @@ class CachedModel:
             first = max(0, index - math.ceil(self.policy.frames / size))
             if first == index:
                 return 0
-            context = self._join(blocks, first, index)[:, -self.policy.frames :]
-            self._write(context, 0, rows, 1, clock)
+            context = self._join(blocks, range(first, index))[:, -self.policy.frames :]
+            self._write(context, 0, rows, 1, clock, index)
             return context.shape[1]
-        members = range(len(self.written)) if rows is None else rows.tolist()
+        order = [block for block in range(index) if block not in self._left_out]
+        place = len(order)
+        members = range(len(self.written)) if rows is None else rows.members
         for written in sorted({self.written[row] for row in members}):
             group = [row for row in members if self.written[row] == written]
-            for first, last in self._pending(written, index):
-                clean = self._join(blocks, first, last)
-                self._write(clean, first * size, self._index(group), last - first, clock)
+            for first, last in self._pending(written, place):
+                clean = self._join(blocks, order[first:last])
+                some = None if len(group) == len(self.written) else Rows(group)
+                self._write(clean, first * size, some, last - first, clock, index)
             for row in group:
-                self.written[row] = max(written, index)
-        return index * size
+                self.written[row] = max(written, place)
+        return place * size
 
     def denoise(
         self,
         index: int,
-        rows: Tensor | None,
+        rows: Rows | None,
         start_frame: int,
-        seed: int,
+        seed: int | Sequence[int],
         sequences: tuple[int, ...],
     ) -> Tensor:
         """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise keyed by it."""
         self._require_held()
         model, shape = self.model, self.model.block_shape
         wide = torch.promote_types(model.dtype, torch.float32)
-        ids = sequences if rows is None else tuple(sequences[row] for row in rows.tolist())
-        rows = None if rows is None else rows.to(model.device)
+        members = range(len(self.written)) if rows is None else rows.members
+        ids = tuple(sequences[row] for row in members)
+        seeds = seed if isinstance(seed, int) else tuple(seed[row] for row in members)
+        on = None if rows is None else rows.on(model.device)
 
         def draw(step: int) -> Tensor:
-            drawn = noise.normal(shape, seed=seed, sequences=ids, block=index, step=step)
-            if model.device.type == "cuda":
-                # from pageable memory the host would wait for all that the stream has to do yet
-                drawn = drawn.pin_memory()
-            return drawn.to(model.device, wide, non_blocking=True)
+            drawn = noise.normal(shape, seed=seeds, sequences=ids, block=index, step=step)
+            return move(drawn.to(wide), model.device)
 
         latents = draw(0)
         for step, timestep in enumerate(self.schedule.steps(index)):
+            sigma = noise_level(timestep)
             if step:
-                sigma = timestep / 1000
                 latents = (1 - sigma) * latents + sigma * draw(step)
-            latents = model.denoise(latents, timestep, start_frame=start_frame, rows=rows)
+            # models know the level of every timestep but 0
+            level = {} if timestep else {"sigma": sigma}
+            latents = model.denoise(latents, timestep, start_frame=start_frame, rows=on, **level)
         if not self.schedule.clean_pass and not isinstance(self.policy, Recompute):
             # the next block attends to the K/V of the last noisy step
-            model.keep(start_frame=start_frame, rows=rows)
-            for row in range(len(self.written)) if rows is None else rows.tolist():
-                self.written[row] = index + 1
+            model.keep(start_frame=start_frame, rows=on)
+            for row in members:
+                self.written[row] = start_frame // shape[0] + 1
         return latents
 
     def forget(self, index: int, rows: Sequence[int]) -> None:
         """Let block `index` of the sequences `rows` count as unwritten."""
+        place = index - len([block for block in self._left_out if block < index])
         for row in rows:
-            self.written[row] = min(self.written[row], index)
+            self.written[row] = min(self.written[row], place)
 
     def _require_held(self) -> None:
         if _HOLDERS[self.model]() is not self:
@@ -136,37 +157,39 @@ class CachedModel:
                 "finish one before the next, or load a second pair of models"
             )
 
-    def _pending(self, written: int, index: int) -> list[tuple[int, int]]:
-        """Return the ranges of blocks in [written, index) that must be written, oldest first."""
+    def _pending(self, written: int, place: int) -> list[tuple[int, int]]:
+        """Return the ranges of places in [written, place) that must be written, oldest first."""
         size, _, _, _ = self.model.block_shape
         sink = math.ceil(self.model.sink_frames / size)
         horizon = 0
         if self.model.receptive_frames is not None:
-            horizon = index - math.ceil(self.model.receptive_frames / size)
+            horizon = place - math.ceil(self.model.receptive_frames / size)
         if horizon <= max(written, sink):
-            ranges = [(written, index)]
+            ranges = [(written, place)]
         else:
-            ranges = [(written, min(sink, index)), (horizon, index)]
+            ranges = [(written, min(sink, place)), (horizon, place)]
         return [(first, last) for first, last in ranges if first < last]
 
     def _write(
-        self, clean: Tensor, start_frame: int, rows: Tensor | None, blocks: int, clock: Clock
+        self,
+        clean: Tensor,
+        start_frame: int,
+        rows: Rows | None,
+        blocks: int,
+        clock: Clock,
+        index: int,
     ) -> None:
         batch = len(self.written) if rows is None else len(rows)
         model = self.model
-        rows = None if rows is None else rows.to(model.device)
-        clean = (clean if rows is None else clean[rows.to(clean.device)]).to(model.device)
+        on = None if rows is None else rows.on(model.device)
+        clean = clean if on is None else clean[on]
         # as part of another stage they are no units of it
         units = batch * blocks if self.stage == "commit" else 0
-        with clock.stage(self.stage, units, model.device):
-            model.write(clean, start_frame=start_frame, rows=rows)
-
-    def _index(self, group: list[int]) -> Tensor | None:
-        return None if len(group) == len(self.written) else torch.tensor(group)
+        with clock.stage(self.stage, units, model.device, index):
+            model.write(clean, start_frame=start_frame, rows=on)
 
     def _join(
-        self, blocks: Sequence[Tensor] | Mapping[int, Tensor], first: int, last: int
+        self, blocks: Sequence[Tensor] | Mapping[int, Tensor], order: Sequence[int]
     ) -> Tensor:
         # given latents and drafts may lie on two devices
-        device = self.model.device
-        return torch.cat([blocks[block].to(device) for block in range(first, last)], dim=1)
+        return torch.cat([move(blocks[block], self.model.device) for block in order], dim=1)

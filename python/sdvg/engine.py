@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdvg.clock import Clock
 from sdvg.commit import CachedModel, Recompute
+from sdvg.host import Rows, device_of, move, read
 from sdvg.router import Reward
 from sdvg.schedule import Schedule, preset
 from sdvg.types import (
@@ -34,26 +35,23 @@ class SDVG:
 
     Args:
         drafter, target: `CausalModel`s with equal `block_shape`. Without a target every draft is
-            kept; without a
-            drafter the target makes every block.
+            kept; without a drafter the target makes every block.
         decoder: latents to frames.
-        scorer: frames to rewards; needed by routers that look at them.
+        scorer: frames to rewards, where it lies; needed by routers that look at them.
         preview: a cheaper decoder for the scorer's eyes; `decoder` then decodes only what is
             final.
         router: which drafts are kept (`sdvg.router`, or any callable of a `Draft`).
         schedule: denoising steps of the target, a `Schedule` or the name of a preset.
         drafter_schedule: the drafter's, by default the same.
         force_first: let the target make block 0 whatever the router says (the paper does).
-        commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass,
-            when the target is
-            next needed, without blocks that can no longer change its output; "eager": at once, one
-            pass a block; `Recompute(n)`: nothing is kept, the last n latents are written anew
-            before each target block.
+        commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass, when
+            the target is next needed, without blocks that can no longer change its output; "eager":
+            at once, one pass a block; `Recompute(n)`: nothing is kept, the last n latents are
+            written anew before each target block.
         drafter_cache: "own": the drafter goes on from its own drafts (the paper); "synced": from
             the final blocks.
-        run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU
-            it then runs on a
-            stream of its own. The output is the same.
+        run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU it
+            then runs on a stream of its own. The output is the same.
 
     Raises:
         ValueError: parts that do not fit each other, in one sentence.
@@ -90,14 +88,15 @@ class SDVG:
         prompts: Sequence[str],
         *,
         num_blocks: int = 9,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sequences: Sequence[int] | None = None,
         given: Tensor | None = None,
     ) -> Generation:
         """Return an iterator over `num_blocks` blocks of one video for each prompt.
 
-        `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ...): a
-        video is the same alone and in any batch. `given` are clean latents `[B, n F, C, h, w]` of
+        `sequences` are the ids that, with `seed`, key each video's noise (default 0, 1, ..., and 0
+        for all where each has a seed of its own): a video is the same alone and in any batch.
+        `given` are clean latents `[B, n F, C, h, w]` of
         the first n blocks, for an image or a video to go on from: they are decoded and yielded
         like the others. The models hold one generation at a time: going on with an older one
         raises RuntimeError.
@@ -173,23 +172,21 @@ class Generation(Iterator[Block]):
         sdvg: SDVG,
         prompts: Sequence[str],
         num_blocks: int,
-        seed: int,
+        seed: int | Sequence[int],
         sequences: Sequence[int] | None,
         given: Tensor | None,
     ) -> None:
         _check_prompts(prompts)
-        for name, value in (("num_blocks", num_blocks), ("seed", seed)):
-            if not isinstance(value, int):
-                raise TypeError(f"sdvg: {name} must be an integer, got {value!r}")
+        if not isinstance(num_blocks, int):
+            raise TypeError(f"sdvg: num_blocks must be an integer, got {num_blocks!r}")
         if num_blocks < 1:
             raise ValueError(f"sdvg: num_blocks must be at least 1, got {num_blocks}")
-        self.sequences = tuple(range(len(prompts)) if sequences is None else sequences)
-        if len(self.sequences) != len(prompts):
-            raise ValueError(
-                f"sdvg: sequences must name one id for each of {len(prompts)} prompts, "
-                f"got {len(self.sequences)}"
-            )
-        self.sdvg, self.prompts, self.num_blocks, self.seed = sdvg, tuple(prompts), num_blocks, seed
+        shared = isinstance(seed, int)
+        self.seed = seed if shared else _integers("seed", seed, len(prompts))
+        if sequences is None:
+            sequences = range(len(prompts)) if shared else (0,) * len(prompts)
+        self.sequences = _integers("sequences", sequences, len(prompts))
+        self.sdvg, self.prompts, self.num_blocks = sdvg, tuple(prompts), num_blocks
         self.latents: list[Tensor] = []
         self.verdicts: list[tuple[Verdict, ...]] = []
         # block -> clean latents that were given; to the drafter they are drafts of its own
@@ -203,6 +200,8 @@ class Generation(Iterator[Block]):
         self._states = {0: [decoder.start(len(prompts)) for decoder in self._decoders]}
         self._frames = 0
         self._clock = Clock()
+        # (what to say, whether it was finite), on the devices until the host waits anyway
+        self._asked: list[tuple[str, Tensor]] = []
         self._drafter = self._target = None
         if sdvg.drafter is not None:
             if sdvg.drafter.device.type == "cuda":
@@ -221,45 +220,47 @@ class Generation(Iterator[Block]):
             self._stream.wait_stream(torch.cuda.current_stream(sdvg.drafter.device))
 
     def __next__(self) -> Block:
-        """Draft, decode, score and route one block; commit it or repair it."""
-        index, sdvg = len(self.latents), self.sdvg
+        """Draft, decode, score and route one block; commit it or repair it.
+
+        The host waits for the devices once where the router looked at rewards, and once at the end.
+        """
+        index = len(self.latents)
         if index == self.num_blocks:
             raise StopIteration
-        self._clock.begin()
-        before = self._states[index]
+        with self._clock.running():
+            return self._make(index)
+
+    def _make(self, index: int) -> Block:
+        sdvg, before = self.sdvg, self._states[index]
+        self._asked.clear()
         if sdvg.commit == "eager" and self._target is not None:
             self._target.catch_up(index, None, self.latents, self._clock)
 
         # what the scorer saw of the draft: frames, and the decoder's state after them
         seen = None
-        accept = self._decide_early(index)
-        draft = self._given.get(index)
-        if draft is None and self._needs_draft(accept):
-            draft = self._draft(index)
-        if accept is None:
-            seen = self._decode(-1, draft, before[-1])
-            rewards = self._score(seen[0], index)
-            accept = sdvg.router(Draft(index, self.seed, self.sequences, rewards))
-            verdicts = self._verdicts(accept, "router", rewards)
-        else:
-            verdicts = self._verdicts(*accept)
+        verdicts = self._decide_early(index)
+        draft = self._draft(index, verdicts)
+        if verdicts is None:
+            seen = self._decode(-1, index, draft, before[-1])
+            verdicts = self._route(index, seen[0])
 
-        rejected = [row for row, verdict in enumerate(verdicts) if not verdict.accepted]
+        rejected = Rows([row for row, verdict in enumerate(verdicts) if not verdict.accepted])
         if not rejected:
             latents = draft
         elif len(rejected) == len(self.prompts):
             latents = self._repair(index, None)
         else:
-            rows = torch.tensor(rejected, device=draft.device)
-            latents = draft.index_copy(0, rows, self._repair(index, rows))
-        final = self._show(latents, rejected, seen, before)
+            repaired = self._repair(index, rejected)
+            latents = draft.index_copy(0, rejected.on(draft.device), repaired)
+        final = self._show(index, latents, rejected, seen, before)
         frames = final[0][0]
-        _require_finite(frames, "decoder", "decode", index)
+        self._ask(frames, "decoder", "decode", index)
+        self._read()
         if self._drafter is not None and sdvg.drafter_cache == "synced":
             # without a clean pass its cache holds the draft that was rejected
-            self._drafter.forget(index, rejected)
+            self._drafter.forget(index, rejected.members)
 
-        seconds = self._clock.end()
+        seconds = self._clock.end(index)
         self._states[index + 1] = [state for _, state in final]
         self.verdicts[index:] = [verdicts]
         self.latents.append(latents)
@@ -267,12 +268,21 @@ class Generation(Iterator[Block]):
         self._states.pop(index)
         return Block(index, frames, latents, verdicts, seconds)
 
-    def switch(self, prompts: Sequence[str]) -> None:
+    def switch(self, prompts: Sequence[str], *, recache: str = "window") -> None:
         """Follow other prompts from the next block on.
 
-        What the caches hold was written under the old prompts: the clean latents that the next
-        block can still see are written anew under the new ones (LongLive's KV recache, arXiv
-        2509.22622), in the next block's time. Raises as `SDVG.generate` does.
+        What the caches hold was written under the old prompts. Clean latents are written anew under
+        the new ones, in the next block's time:
+
+        - "window": the sink and what the next block sees, one pass over at most `sink + window`
+          frames, as LongLive's KV recache does (arXiv 2509.22622). Older blocks are forgotten, and
+          the window moves up to the sink: keys are relative, only the sink comes nearer.
+        - "all": everything that can reach the next block through all layers. The video goes on as
+          if all of it had been made under the new prompts, at the price of `layers * window`
+          frames: for 40 layers and a window of 6 that is 40 blocks of clean passes, many seconds of
+          a 14B model. Hence it is not the default.
+
+        Raises as `SDVG.generate` does.
         """
         _check_prompts(prompts)
         if len(prompts) != len(self.prompts):
@@ -280,6 +290,8 @@ class Generation(Iterator[Block]):
                 f"sdvg: prompts must be one for each of {len(self.prompts)} sequences, "
                 f"got {len(prompts)}"
             )
+        if recache not in ("window", "all"):
+            raise ValueError(f"sdvg: recache must be 'window' or 'all', got {recache!r}")
         self.prompts = tuple(prompts)
         made = len(self.latents)
         # drafts that ran ahead followed the old prompts
@@ -288,16 +300,18 @@ class Generation(Iterator[Block]):
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         for model in (self._drafter, self._target):
             if model is not None:
-                model.restart(self.prompts)
+                model.restart(self.prompts, made if recache == "window" else None)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def summary(self, target_only_seconds: float | None = None) -> Stats:
         """Return what happened so far.
 
-        `target_only_seconds`, the measured time of the same blocks made by the
-        target alone, turns the speed-up from predicted into measured."""
+        `target_only_seconds`, the measured time of the same blocks made by the target alone, turns
+        the speed-up from predicted into measured.
+        """
         clock = self._clock
+        clock.finish(len(self.latents) - 1)
         decided = [v.accepted for row in self.verdicts for v in row if v.reason == "router"]
         blocks, batch = len(self.latents), len(self.prompts)
         source = "measured"
@@ -332,63 +346,68 @@ class Generation(Iterator[Block]):
         decode = seconds["decode"] / units["decode"]
         return made * target + pairs * decode + (pairs - len(self.prompts)) * clean
 
-    def _decide_early(self, index: int) -> tuple[Tensor, str] | None:
-        """Return (accept, reason) where no score is needed, else None."""
+    def _decide_early(self, index: int) -> tuple[Verdict, ...] | None:
+        """Return the verdicts where no score is needed, else None."""
         sdvg, batch = self.sdvg, len(self.prompts)
         if index in self._given:
-            return torch.ones(batch, dtype=torch.bool), "given"
+            return (Verdict(True, None, "given"),) * batch
         if sdvg.target is None:
-            return torch.ones(batch, dtype=torch.bool), "draft-only"
+            return (Verdict(True, None, "draft-only"),) * batch
         if sdvg.drafter is None:
-            return torch.zeros(batch, dtype=torch.bool), "target-only"
+            return (Verdict(False, None, "target-only"),) * batch
         if index == 0 and sdvg.force_first:
-            return torch.zeros(batch, dtype=torch.bool), "first"
-        if not needs_score(sdvg.router):
-            return sdvg.router(Draft(index, self.seed, self.sequences, None)), "router"
-        return None
+            return (Verdict(False, None, "first"),) * batch
+        if needs_score(sdvg.router):
+            return None
+        (accept,) = read([self._asked_router(index, None)])
+        return tuple(Verdict(bool(kept), None, "router") for kept in accept)
 
-    def _needs_draft(self, decided: tuple[Tensor, str] | None) -> bool:
-        if self._drafter is None:
-            return False
-        # a drafter that goes on from its own drafts must make them all
-        return self.sdvg.drafter_cache == "own" or decided is None or bool(decided[0].any())
-
-    def _draft(self, index: int) -> Tensor:
-        """Return block `index` of the drafter, made now or ahead of its turn."""
+    def _draft(self, index: int, decided: Sequence[Verdict] | None) -> Tensor | None:
+        """Return the drafter's block where somebody looks at it, made now or ahead of its turn."""
         drafter, sdvg = self._drafter, self.sdvg
+        if index in self._given or drafter is None:
+            return self._given.get(index)
+        wanted = decided is None or any(verdict.accepted for verdict in decided)
+        if sdvg.drafter_cache == "synced" and not wanted:
+            return None
+        # a drafter that goes on from its own drafts must make them all
         blocks = self._drafts if sdvg.drafter_cache == "own" else self.latents
-        device = drafter.model.device
+        device, batch = drafter.model.device, len(self.prompts)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for ahead in range(index, min(index + sdvg.run_ahead + 1, self.num_blocks)):
                 if ahead in self._drafts:
                     continue
                 start = drafter.catch_up(ahead, None, blocks, self._clock)
-                with self._clock.stage("draft", len(self.prompts), device):
+                with self._clock.stage("draft", batch, device, ahead):
                     draft = drafter.denoise(ahead, None, start, self.seed, self.sequences)
                 if self._stream is not None:
                     self._drawn[ahead] = self._stream.record_event()
                 self._drafts[ahead] = draft
         draft = self._drafts[index]
         if self._stream is not None:
+            if not wanted:
+                # nothing waits for it: the target may begin
+                return None
             torch.cuda.current_stream(device).wait_event(self._drawn[index])
             draft.record_stream(torch.cuda.current_stream(device))
-        _require_finite(draft, "drafter", "draft", index)
-        return draft.to(self._device)
+        self._ask(draft, "drafter", "draft", index)
+        return move(draft, self._device)
 
-    def _repair(self, index: int, rows: Tensor | None) -> Tensor:
+    def _repair(self, index: int, rows: Rows | None) -> Tensor:
         """Return the target's block for `rows`, from the same noise as the draft."""
         target = self._target
         start = target.catch_up(index, rows, self.latents, self._clock)
         batch = len(self.prompts) if rows is None else len(rows)
-        with self._clock.stage("target", batch, target.model.device):
+        with self._clock.stage("target", batch, target.model.device, index):
             latents = target.denoise(index, rows, start, self.seed, self.sequences)
-        _require_finite(latents, "target", "target", index)
+        self._ask(latents, "target", "target", index)
         return latents
 
     def _show(
         self,
+        index: int,
         latents: Tensor,
-        rejected: Sequence[int],
+        rejected: Rows,
         seen: tuple[Tensor, object] | None,
         before: Sequence[object],
     ) -> list[tuple[Tensor, object]]:
@@ -400,31 +419,45 @@ class Generation(Iterator[Block]):
         for at, (decoder, state) in enumerate(zip(self._decoders, before, strict=True)):
             decoded = seen if at == len(self._decoders) - 1 else None
             if decoded is None or len(rejected) == len(self.prompts):
-                shown.append(self._decode(at, latents, state))
+                shown.append(self._decode(at, index, latents, state))
             elif rejected:
                 frames, after = decoded
-                rows = torch.tensor(rejected, device=frames.device)
-                repaired = latents[rows.to(latents.device)]
-                mended, mended_state = self._decode(at, repaired, decoder.take(state, rows))
+                rows = rejected.on(frames.device)
+                repaired = latents[rejected.on(latents.device)]
+                mended, mended_state = self._decode(at, index, repaired, decoder.take(state, rows))
                 frames = frames.index_copy(0, rows, mended)
                 shown.append((frames, decoder.select(after, mended_state, rows)))
             else:
                 shown.append(decoded)
         return shown
 
-    def _decode(self, at: int, latents: Tensor, state: object) -> tuple[Tensor, object]:
+    def _decode(self, at: int, index: int, latents: Tensor, state: object) -> tuple[Tensor, object]:
         # a preview is part of what scoring costs
         decoder = self._decoders[at]
         stage, units = ("decode", len(latents)) if decoder is self.sdvg.decoder else ("score", 0)
-        with self._clock.stage(stage, units, latents.device):
+        with self._clock.stage(stage, units, device_of(decoder, latents.device), index):
             return decoder.decode(latents, state)
 
+    def _route(self, index: int, frames: Tensor) -> tuple[Verdict, ...]:
+        """Score the draft and bring the router's decisions to the host: the wait for a verdict."""
+        rewards = self._score(frames, index)
+        accept = self._asked_router(index, rewards)
+        mean = getattr(self.sdvg.router, "aggregate", "min") == "mean"
+        score = rewards.mean(dim=1) if mean else rewards.amin(dim=1)
+        kept, scores = self._read(accept, score)
+        return tuple(
+            Verdict(bool(keep), value, "router") for keep, value in zip(kept, scores, strict=True)
+        )
+
     def _score(self, frames: Tensor, index: int) -> Tensor:
-        with self._clock.stage("score", len(frames), frames.device):
+        device = device_of(self.sdvg.scorer, frames.device)
+        with self._clock.stage("score", len(frames), device, index):
             try:
                 with torch.no_grad():
-                    rewards = self.sdvg.scorer(frames, self.prompts)
+                    rewards = self.sdvg.scorer(move(frames, device), self.prompts)
             except Exception as error:
+                # what it was shown may be why
+                self._read()
                 raise RuntimeError(f"sdvg: the scorer failed at block {index}: {error}") from error
         if not isinstance(rewards, Tensor):
             raise TypeError(f"sdvg: the scorer must return a tensor, got {type(rewards).__name__}")
@@ -435,10 +468,8 @@ class Generation(Iterator[Block]):
             )
         return rewards
 
-    def _verdicts(
-        self, accept: Tensor, reason: str, rewards: Tensor | None = None
-    ) -> tuple[Verdict, ...]:
-        """Bring the decisions to the host: the loop's one wait for the device before it repairs."""
+    def _asked_router(self, index: int, rewards: Tensor | None) -> Tensor:
+        accept = self.sdvg.router(Draft(index, self.seed, self.sequences, rewards))
         if not isinstance(accept, Tensor):
             raise TypeError(f"sdvg: the router must return a tensor, got {type(accept).__name__}")
         if tuple(accept.shape) != (len(self.prompts),):
@@ -446,12 +477,21 @@ class Generation(Iterator[Block]):
                 f"sdvg: the router must return one decision a sequence [{len(self.prompts)}], "
                 f"got {list(accept.shape)}"
             )
-        if rewards is None:
-            return tuple(Verdict(kept, None, reason) for kept in accept.tolist())
-        mean = getattr(self.sdvg.router, "aggregate", "min") == "mean"
-        score = rewards.mean(dim=1) if mean else rewards.amin(dim=1)
-        both = torch.stack([accept.to(score), score]).tolist()
-        return tuple(Verdict(bool(kept), value, reason) for kept, value in zip(*both, strict=True))
+        return accept
+
+    def _ask(self, made: Tensor, part: str, stage: str, index: int) -> None:
+        """Let the next `_read` raise unless `made` is finite."""
+        text = f"sdvg: the {part} returned values that are not finite at block {index}"
+        self._asked.append((f"{text}, stage {stage}", torch.isfinite(made).all()))
+
+    def _read(self, *parts: Tensor) -> list[list[float]]:
+        """Bring small tensors to the host, with all that was asked: one wait for their device."""
+        asked, self._asked = self._asked, []
+        values = read([*parts, *(finite for _, finite in asked)])
+        for (text, _), (finite,) in zip(asked, values[len(parts) :], strict=True):
+            if not finite:
+                raise RuntimeError(text)
+        return values[: len(parts)]
 
     def _split(self, given: Tensor | None) -> dict[int, Tensor]:
         """Return the blocks of given latents, checked and where finished latents lie."""
@@ -494,8 +534,15 @@ def needs_score(router: Router) -> bool:
     return getattr(router, "needs_score", True)
 
 
-def _require_finite(tensor: Tensor, part: str, stage: str, index: int) -> None:
-    if not torch.isfinite(tensor).all():
-        raise RuntimeError(
-            f"sdvg: the {part} returned values that are not finite at block {index}, stage {stage}"
+def _integers(name: str, values: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return one integer for each of `count` prompts, checked."""
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    if not listed or not all(isinstance(value, int) for value in values):
+        raise TypeError(
+            f"sdvg: {name} must be an integer for each of {count} prompts, got {values!r}"
         )
+    if len(values) != count:
+        raise ValueError(
+            f"sdvg: {name} must name one for each of {count} prompts, got {len(values)}"
+        )
+    return tuple(values)

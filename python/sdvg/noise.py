@@ -7,6 +7,8 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy
 import torch
 from torch import Tensor
@@ -23,19 +25,33 @@ def _generator(seed: int, sequence: int, block: int, stream: int) -> numpy.rando
 
 
 def normal(
-    shape: tuple[int, ...], *, seed: int, sequences: tuple[int, ...], block: int, step: int
+    shape: tuple[int, ...],
+    *,
+    seed: int | Sequence[int],
+    sequences: tuple[int, ...],
+    block: int,
+    step: int,
 ) -> Tensor:
-    """Standard normal float32 noise `[len(sequences), *shape]` on the CPU."""
+    """Standard normal float32 noise `[len(sequences), *shape]` on the CPU.
+
+    `seed` is one for all, or one for each sequence.
+    """
     rows = [
-        _generator(seed, sequence, block, step).standard_normal(shape, dtype=numpy.float32)
-        for sequence in sequences
+        _generator(own, sequence, block, step).standard_normal(shape, dtype=numpy.float32)
+        for own, sequence in _keys(seed, sequences)
     ]
     return torch.from_numpy(numpy.stack(rows))
 
 
-def uniform(*, seed: int, sequences: tuple[int, ...], block: int) -> Tensor:
+def uniform(*, seed: int | Sequence[int], sequences: tuple[int, ...], block: int) -> Tensor:
     """One uniform float64 in [0, 1) for each sequence, for routers that draw."""
-    return torch.tensor(
-        [_generator(seed, sequence, block, ROUTER_STREAM).random() for sequence in sequences],
-        dtype=torch.float64,
-    )
+    rows = [
+        _generator(own, sequence, block, ROUTER_STREAM).random()
+        for own, sequence in _keys(seed, sequences)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _keys(seed: int | Sequence[int], sequences: tuple[int, ...]) -> list[tuple[int, int]]:
+    seeds = [seed] * len(sequences) if isinstance(seed, int) else seed
+    return list(zip(seeds, sequences, strict=True))

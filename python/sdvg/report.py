@@ -90,13 +90,7 @@ class Recording:
 
 def sentence(stats: Stats) -> str:
     """Return `stats` in one line."""
-    batch = f" of {stats.sequences} videos" if stats.sequences > 1 else ""
-    parts = [f"{stats.frames} frames{batch} in {stats.total:.2f} s ({stats.fps:.1f} frames/s)"]
-    if stats.acceptance is not None:
-        parts.append(f"{stats.acceptance:.0%} of the drafts kept")
-    if stats.speedup is not None:
-        parts.append(f"{stats.speedup:.2f}x the speed of target-only ({stats.speedup_source})")
-    return ", ".join(parts)
+    return str(stats).splitlines()[0]
 
 
 def _lines(index: int, verdict: Verdict, seconds: Mapping[str, float]) -> tuple[str, ...]:

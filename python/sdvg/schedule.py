@@ -1,7 +1,8 @@
 """Which denoising steps each block takes.
 
 A timestep `t` in [0, 1000] stands for the noise level `sigma = t / 1000` of flow matching:
-`x_t = (1 - sigma) * x_0 + sigma * noise`.
+`x_t = (1 - sigma) * x_0 + sigma * noise`. A last step at timestep 0 is at the least level of the
+table of 1000 that Wan's schedulers hold, as the pipelines that take it look it up there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ def warp(timesteps: Sequence[float], shift: float = 5.0) -> tuple[float, ...]:
     return tuple(1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas)
 
 
+def noise_level(timestep: float) -> float:
+    """Return sigma of a denoising step."""
+    return (timestep or warp((1.0,))[0]) / 1000
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The timesteps of block 0, 1, ...; the last entry serves every later block.
@@ -25,8 +31,8 @@ class Schedule:
     With `clean_pass=False` there is no forward at timestep 0 after a block: the next block attends
     to the K/V that the last denoising step left.
 
-    Raises ValueError for no block, no step, a timestep outside (0, 1000], or steps that do not
-    fall.
+    Raises ValueError for no block, no step, a timestep outside [0, 1000], steps that do not fall,
+    or a step at 0 alone.
     """
 
     timesteps: tuple[tuple[float, ...], ...]
@@ -40,10 +46,11 @@ class Schedule:
             )
         for steps in self.timesteps:
             rising = any(later >= earlier for earlier, later in itertools.pairwise(steps))
-            inside = all(math.isfinite(step) and 0 < step <= 1000 for step in steps)
-            if rising or not inside:
+            inside = all(math.isfinite(step) and 0 <= step <= 1000 for step in steps)
+            if rising or not inside or not steps[0]:
                 raise ValueError(
-                    f"schedule: timesteps must fall within (0, 1000], got {steps} for one block"
+                    f"schedule: timesteps must fall within [0, 1000] from above 0, "
+                    f"got {steps} for one block"
                 )
 
     def steps(self, block: int) -> tuple[float, ...]:

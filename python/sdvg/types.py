@@ -58,6 +58,18 @@ class Stats(NamedTuple):
     # target block; "none"
     speedup_source: str
 
+    def __str__(self) -> str:
+        """Return a sentence, and a line with the seconds of each stage."""
+        batch = f" of {self.sequences} videos" if self.sequences > 1 else ""
+        parts = [f"{self.frames} frames{batch} in {self.total:.2f} s ({self.fps:.1f} frames/s)"]
+        if self.acceptance is not None:
+            parts.append(f"{self.acceptance:.0%} of the drafts kept")
+        if self.speedup is not None:
+            ratio = f"{self.speedup:.2f}x the speed of target-only"
+            parts.append(f"{ratio} ({self.speedup_source})")
+        spent = (f"{stage} {seconds:.3g} s" for stage, seconds in self.stages.items())
+        return f"{', '.join(parts)}\nstages: {', '.join(spent) or 'none'}"
+
 
 class CausalModel(Protocol):
     """A block-autoregressive denoiser with a KV cache: the drafter and the target are both one."""
@@ -66,6 +78,8 @@ class CausalModel(Protocol):
     dtype: torch.dtype
     # F, C, h, w of one block of latents
     block_shape: tuple[int, int, int, int]
+    # how many latent frames a block sees beside the sink, its own included; None: all before it
+    window_frames: int | None
     # how many latent frames before a block can change its output, through all layers; None:
     # all of them
     receptive_frames: int | None
@@ -76,13 +90,21 @@ class CausalModel(Protocol):
         """Forget everything and begin one sequence for each prompt."""
 
     def denoise(
-        self, latents: Tensor, timestep: float, *, start_frame: int, rows: Tensor | None = None
+        self,
+        latents: Tensor,
+        timestep: float,
+        *,
+        start_frame: int,
+        rows: Tensor | None = None,
+        sigma: float | None = None,
     ) -> Tensor:
         """Predict clean latents `[b, F, C, h, w]` of the block at `start_frame` from noisy ones.
 
         Stages the block's K/V; what is before `start_frame` must have been committed. `rows`
-        (int64 `[b]`) names the sequences that take part, None means all. Calling it again for the
-        same block gives the same result.
+        (int64 `[b]`) names the sequences that take part, None means all. `sigma` is the noise level
+        where it is not `timestep / 1000`: it is given with timestep 0 alone, so only models that
+        are to run such a schedule need the argument. Calling it again for the same block gives the
+        same result.
         """
 
     def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
@@ -119,7 +141,8 @@ class Draft(NamedTuple):
     """What a router may look at; tensors have one row a sequence."""
 
     block: int
-    seed: int
+    # of the noise: one for all, or one for each row
+    seed: int | tuple[int, ...]
     # int64 ids of the sequences, one for each row
     sequences: tuple[int, ...]
     # [B, N] float32 rewards; None unless the router `needs_score`

@@ -22,6 +22,7 @@ class ConstantModel:
     device = torch.device("cpu")
     dtype = torch.float32
     receptive_frames = None
+    window_frames = None
     sink_frames = 0
 
     def __init__(self, value: float = 0.0, shape: tuple[int, ...] = SHAPE) -> None:
@@ -108,7 +109,11 @@ def test_parts_that_do_not_fit_are_named_in_one_sentence(
         ("a seven", {}, "prompts must be a non-empty list"),
         (["a seven", "  "], {}, "a prompt must not be empty"),
         (["a seven"], {"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
-        (["a seven"], {"sequences": [1, 2]}, "one id for each of 1 prompts, got 2"),
+        (
+            ["a seven"],
+            {"sequences": [1, 2]},
+            "sequences must name one for each of 1 prompts, got 2",
+        ),
     ],
 )
 def test_a_wrong_request_is_named_in_one_sentence(
@@ -123,7 +128,7 @@ def test_a_wrong_request_is_named_in_one_sentence(
     [
         (["a seven", 7], {}, "a prompt must be a text, got 7"),
         (["a seven"], {"num_blocks": 2.5}, "num_blocks must be an integer, got 2.5"),
-        (["a seven"], {"seed": "0"}, "seed must be an integer, got '0'"),
+        (["a seven"], {"seed": "0"}, "seed must be an integer for each of 1 prompts, got '0'"),
     ],
 )
 def test_a_request_of_the_wrong_type_is_named_in_one_sentence(
@@ -143,9 +148,10 @@ def test_a_request_of_the_wrong_type_is_named_in_one_sentence(
         (lambda: Recompute(0), "frames must be at least 1, got 0"),
         (lambda: Schedule(()), "at least one step for each block"),
         (lambda: Schedule(((1000.0,), ())), "at least one step for each block"),
-        (lambda: Schedule(((500.0, 1000.0),)), r"must fall within \(0, 1000\]"),
-        (lambda: Schedule(((math.nan,),)), r"must fall within \(0, 1000\]"),
-        (lambda: Schedule(((1200.0,),)), r"must fall within \(0, 1000\]"),
+        (lambda: Schedule(((500.0, 1000.0),)), r"must fall within \[0, 1000\]"),
+        (lambda: Schedule(((math.nan,),)), r"must fall within \[0, 1000\]"),
+        (lambda: Schedule(((0.0,),)), r"must fall within \[0, 1000\] from above 0"),
+        (lambda: Schedule(((1200.0,),)), r"must fall within \[0, 1000\]"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_sentence(make: object, text: str) -> None:

@@ -512,7 +512,7 @@ def test_switching_to_the_same_prompts_changes_nothing(
     whole = blocks_of(engine)
     run = engine.generate(PROMPTS, num_blocks=5, seed=11)
     made = [next(run), next(run), next(run)]
-    run.switch(PROMPTS)
+    run.switch(PROMPTS, recache="all")
     made += list(run)
     assert (latents(made) - latents(whole)).abs().max() < 1e-10
     assert verdicts(made) == verdicts(whole)
@@ -523,7 +523,7 @@ def test_switching_prompts_changes_what_follows_and_nothing_before(pair: TinyPai
     whole = blocks_of(engine)
     run = engine.generate(PROMPTS, num_blocks=5, seed=11)
     made = [next(run), next(run)]
-    run.switch([PROMPTS[1], *PROMPTS[1:]])
+    run.switch([PROMPTS[1], *PROMPTS[1:]], recache="all")
     made += list(run)
     assert torch.equal(latents(made[:2]), latents(whole[:2]))
     later = (latents(made[2:]) - latents(whole[2:])).abs().amax((1, 2, 3, 4))

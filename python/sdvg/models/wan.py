@@ -184,12 +184,19 @@ class CausalWan:
             self.graphs.start()
 
     def denoise(
-        self, latents: Tensor, timestep: float, *, start_frame: int, rows: Tensor | None = None
+        self,
+        latents: Tensor,
+        timestep: float,
+        *,
+        start_frame: int,
+        rows: Tensor | None = None,
+        sigma: float | None = None,
     ) -> Tensor:
         """Predict clean latents from noisy ones: `x_0 = x_t - sigma * v`, in float32 or wider."""
         velocity = self._forward(latents, timestep, start_frame, rows)
         wide = torch.promote_types(latents.dtype, torch.float32)
-        return (latents.to(wide) - timestep / 1000 * velocity.to(wide)).to(latents.dtype)
+        sigma = timestep / 1000 if sigma is None else sigma
+        return (latents.to(wide) - sigma * velocity.to(wide)).to(latents.dtype)
 
     def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
         """The clean pass: forward at timestep 0 and commit, `write_blocks` blocks at a time."""
