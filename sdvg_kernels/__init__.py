@@ -30,6 +30,7 @@ _EXPORTS = {
     "gated_residual_layer_norm": "modulation",
     "preprocess_frames": "frames",
     "rms_norm_silu": "norm_silu",
+    "quantize_rows": "quantize",
     "diagonal_schedule": "diagonal",
     "DiagonalSchedule": "diagonal",
     "TokenGrid": "diagonal",

@@ -110,6 +110,16 @@ define(
     lambda x, *arguments: (_fake_rows(x), _fake_rows(x, arguments[10])),
 )
 
+# quantize: (values [N, K], scales [N, 1])
+
+define(
+    "quantize_rows(Tensor x, str? activation, str implementation) -> (Tensor, Tensor)",
+    lambda x, *_: (
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+    ),
+)
+
 # frames: [B, F, 3, size, size]
 
 define(
