@@ -27,6 +27,8 @@ HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
 _OP = "block_causal_attention"
+# before the name of an implementation, or before none: chosen when the op runs
+_LATER = "?"
 _LOG = logging.getLogger("sdvg_kernels")
 _value = functools.partial(require, _OP)
 _type = functools.partial(require_dtype, _OP)
@@ -138,20 +140,11 @@ def block_causal_attention(
     _value(num_splits is None or num_splits >= 1, "num_splits", "be at least 1 or None", num_splits)
     _value(bias is None or math.isfinite(bias), "key_bias.bias", "be finite", bias)
     _value(math.isfinite(softmax_scale), "softmax_scale", "be finite", softmax_scale)
-    device, dim = query.device.type, query.shape[3]
-    e4m3 = k_scale is not None
-    available = _available(device, dim, query.dtype, e4m3)
-    if e4m3 and device != "cpu":
-        # it rounds more than the reference does: nobody gets it, or what is far slower, unasked
-        rule = "be 'hopper_fp8' or 'reference' for e4m3 caches on a GPU"
-        _value(implementation is not None, "implementation", rule, None)
-    elif implementation is None and (reason := next(iter(available.values()))):
-        _warn_once(device, reason)
-    where = f"{device} tensors of head dim {dim} and {query.dtype}"
-    where += " with e4m3 caches" if e4m3 else ""
-    chosen = require_implementation(_OP, implementation, available, where)
-    if chosen in ("hopper", "hopper_fp8"):
-        _check_hopper(chosen, query, k_cache, v_cache, num_splits)
+    if torch.compiler.is_compiling():
+        # what a GPU can run is not to be traced: the op chooses when it runs
+        chosen = _LATER + (implementation or "")
+    else:
+        chosen = _choose(implementation, query, k_cache, v_cache, num_splits)
     arguments = (
         query,
         k_cache,
@@ -224,6 +217,31 @@ def dense_attention(
         return_lse=return_lse,
         implementation=implementation,
     )
+
+
+def _choose(
+    implementation: str | None,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_splits: int | None,
+) -> str:
+    """Return which implementation runs; raise where the one asked for cannot."""
+    device, dim = query.device.type, query.shape[3]
+    e4m3 = k_cache.dtype is E4M3
+    available = _available(device, dim, query.dtype, e4m3)
+    if e4m3 and device != "cpu":
+        # it rounds more than the reference does: nobody gets it, or what is far slower, unasked
+        rule = "be 'hopper_fp8' or 'reference' for e4m3 caches on a GPU"
+        _value(implementation is not None, "implementation", rule, None)
+    elif implementation is None and (reason := next(iter(available.values()))):
+        _warn_once(device, reason)
+    where = f"{device} tensors of head dim {dim} and {query.dtype}"
+    where += " with e4m3 caches" if e4m3 else ""
+    chosen = require_implementation(_OP, implementation, available, where)
+    if chosen in ("hopper", "hopper_fp8"):
+        _check_hopper(chosen, query, k_cache, v_cache, num_splits)
+    return chosen
 
 
 def _check_tensors(
@@ -394,6 +412,9 @@ def _run(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the chosen implementation; `out` is written in place where it is given."""
+    if implementation.startswith(_LATER):
+        asked = implementation.removeprefix(_LATER) or None
+        implementation = _choose(asked, query, k_cache, v_cache, num_splits)
     options = {
         "block_size": block_size,
         "sink": sink,

@@ -464,6 +464,26 @@ def test_dense_attention_of_nothing_and_over_nothing() -> None:
         dense_attention(key, key[:, :0], key[:, :0])
 
 
+def test_a_compiled_call_has_no_graph_break(lane: Lane, random: torch.Generator) -> None:
+    case = CASES["sink, window, wrapped"]
+    inputs = make(case, random, lane)
+
+    def attend(query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
+        options = {**case.options, "implementation": lane.implementation}
+        return block_causal_attention(query, *cache, **options) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    out = compiled(inputs.query, *inputs.cache)
+    assert torch.equal(out, attend(inputs.query, *inputs.cache))
+    # what was asked for is judged when it runs
+    nowhere = torch.compile(
+        lambda query, key: dense_attention(query, key, key, implementation="hopper_fp8"),
+        backend="eager",
+    )
+    with pytest.raises(NotImplementedError, match="got 'hopper_fp8'"):
+        nowhere(inputs.query, inputs.query)
+
+
 # --- error texts ---
 
 _QUERY = torch.zeros(2, 3, 4, 64)

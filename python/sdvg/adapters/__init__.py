@@ -1,5 +1,9 @@
-"""Drop-in speed for pipelines that keep their own models and caches: `patch` and `unpatch`."""
+"""Drop-in speed for models that are not ours: `patch`, and diffusers' backend "sdvg"."""
 
+from sdvg.adapters.diffusers_backend import (
+    register_attention_backend,
+    unregister_attention_backend,
+)
 from sdvg.adapters.self_forcing import patch, unpatch
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["patch", "register_attention_backend", "unpatch", "unregister_attention_backend"]
