@@ -22,6 +22,7 @@ _EXPORTS = {
     "dense_attention": "attention",
     "KeyBias": "attention",
     "route_blocks": "verify",
+    "sample_tokens": "sampling",
     "rope_table": "rope",
     "norm_rope": "rope",
     "norm_rope_stage_": "rope",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "DiagonalSchedule": "diagonal",
     "TokenGrid": "diagonal",
     "diagonal_mask": "diagonal",
+    "diagonal_attention": "diagonal",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 

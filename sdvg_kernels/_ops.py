@@ -86,6 +86,15 @@ define(
 )
 
 
+# sampling: ids into out
+
+define(
+    "sample_tokens(Tensor logits, Tensor? uncond, Tensor? seeds, Tensor? sequences,"
+    " Tensor? positions, float guidance, float temperature, int top_k, float top_p, Tensor? index,"
+    " Tensor(a!) out, str implementation) -> ()",
+    lambda *_: None,
+)
+
 # modulation: a row for each frame, and a table [C] that is added to it
 
 _GATE = "Tensor? gate, Tensor? gate_table"
@@ -200,4 +209,10 @@ define(
     lambda slots, steps, size, grid, cache_leftpad, dtype, packed, _: slots.new_empty(
         (*slots.shape, -(-size // 8) if packed else size), dtype=torch.uint8 if packed else dtype
     ),
+)
+define(
+    "diagonal_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor steps,"
+    " int[] grid, bool published, Tensor? cache_batch_idx, Tensor? cache_leftpad,"
+    " float softmax_scale, int? num_splits, str implementation) -> Tensor",
+    lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
 )

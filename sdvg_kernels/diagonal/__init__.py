@@ -3,7 +3,13 @@
 kernel.py and config.py come with the first kernel: until then the reference serves all devices.
 """
 
-from sdvg_kernels.diagonal.api import diagonal_mask
+from sdvg_kernels.diagonal.api import diagonal_attention, diagonal_mask
 from sdvg_kernels.diagonal.schedule import DiagonalSchedule, TokenGrid, diagonal_schedule
 
-__all__ = ["DiagonalSchedule", "TokenGrid", "diagonal_mask", "diagonal_schedule"]
+__all__ = [
+    "DiagonalSchedule",
+    "TokenGrid",
+    "diagonal_attention",
+    "diagonal_mask",
+    "diagonal_schedule",
+]

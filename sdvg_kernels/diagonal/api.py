@@ -1,8 +1,11 @@
-"""`diagonal_mask`: what the entries of a pass of diagonal decoding see."""
+"""`diagonal_mask`, `diagonal_attention`: what the entries of a pass of diagonal decoding see."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import math
+from typing import Literal
 
 import torch
 
@@ -10,6 +13,10 @@ from sdvg_kernels import _ops
 from sdvg_kernels._check import require, require_dtype, require_implementation
 from sdvg_kernels.diagonal import reference
 from sdvg_kernels.diagonal.schedule import TokenGrid
+
+HEAD_DIMS = (64, 100, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LOG = logging.getLogger("sdvg_kernels")
 
 
 def diagonal_mask(
@@ -69,6 +76,121 @@ def diagonal_mask(
     )
 
 
+def diagonal_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    steps: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    mode: Literal["exact", "published"] = "exact",
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    num_splits: int | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Attention of the entries of a pass over the cache that holds their own K/V already.
+
+    Equals `F.scaled_dot_product_attention` with the mask that `diagonal_mask` returns, without the
+    mask: the rule is computed in the kernel, and slots that no entry sees are not read. They may be
+    NaN. Padding (slot -1) gives 0. There is no backward.
+
+    Args:
+        query: [B, T, H, D] bfloat16, float16, float32 (the reference: float64 too), after RoPE.
+        k_cache, v_cache: [Bc, S, Hk, D] of query's dtype, `H % Hk == 0`, in place, any strides but
+            a contiguous last dim. A slot at or beyond `S` is never read.
+        slots, steps: [B, T] int32, any strides, as for `diagonal_mask`; sequences may be at
+            different passes.
+        grid: the layout, a `DiagonalSchedule`'s `grid`.
+        mode: "exact"; or "published", the released loops' raster-causal mask: an entry sees every
+            slot up to its own, those that are not decoded yet too, with whatever K/V they hold
+            (zeros in a fresh cache, an older video's in another).
+        cache_batch_idx: [B] int32, the cache row of each sequence; None: row b, and `Bc == B`.
+        cache_leftpad: [B] int32, slots at the start of a sequence that nobody sees; None: 0.
+        softmax_scale: factor on the logits; None: `D ** -0.5`.
+        num_splits: parts of the keys, a program each; None: by the shapes.
+        implementation: "reference"; None: the same.
+
+    Returns: [B, T, H, D], contiguous.
+
+    Raises:
+        ValueError (shape, value), TypeError (dtype), NotImplementedError (cannot run here).
+
+    Deterministic; no host synchronisation; safe in a CUDA graph.
+    Source: Diagonal Decoding (arXiv 2503.14070); the online softmax of FlashAttention-2 (arXiv
+    2307.08691). Cost: the K/V of the slots that are seen, once from memory.
+    """
+    op = "diagonal_attention"
+    _check_entries(op, slots, steps, grid, cache_leftpad)
+    _check_caches(op, query, k_cache, v_cache, slots, cache_batch_idx)
+    if softmax_scale is None:
+        softmax_scale = query.shape[3] ** -0.5 if query.shape[3] else 1.0
+    modes = ("exact", "published")
+    require(op, mode in modes, "mode", "be 'exact' or 'published'", repr(mode))
+    finite = math.isfinite(softmax_scale)
+    require(op, finite, "softmax_scale", "be finite", softmax_scale)
+    good = num_splits is None or num_splits >= 1
+    require(op, good, "num_splits", "be at least 1 or None", num_splits)
+    device = query.device.type
+    chosen = require_implementation(op, implementation, {"reference": ""}, f"{device} tensors")
+    return torch.ops.sdvg_kernels.diagonal_attention(
+        query,
+        k_cache,
+        v_cache,
+        slots,
+        steps,
+        _numbers(grid),
+        mode == "published",
+        cache_batch_idx,
+        cache_leftpad,
+        softmax_scale,
+        num_splits,
+        chosen,
+    )
+
+
+def _check_caches(
+    op: str,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    cache_batch_idx: torch.Tensor | None,
+) -> None:
+    """Raise unless query and caches are as the contract says."""
+    shape, cached = query.shape, k_cache.shape
+    require(op, len(shape) == 4, "query", "be [B, T, H, D]", shape)
+    require(op, slots.shape == shape[:2], "slots", "be [B, T] of query", slots.shape)
+    fits = len(cached) == 4 and cached[3] == shape[3] and cached[1] > 0
+    require(op, fits, "k_cache", "be [Bc, S, Hk, D] with query's D and a slot at least", cached)
+    require(op, v_cache.shape == cached, "v_cache", "have the shape of k_cache", v_cache.shape)
+    divides = cached[2] > 0 and shape[2] % cached[2] == 0
+    require(op, divides, "k_cache", "have a number of heads that divides query's", cached)
+    dtype = query.dtype
+    known = dtype in DTYPES or dtype == torch.float64
+    require_dtype(op, known, "query", "be bfloat16, float16, float32 or float64", dtype)
+    require_dtype(op, k_cache.dtype is dtype, "k_cache", "have query's dtype", k_cache.dtype)
+    require_dtype(op, v_cache.dtype is dtype, "v_cache", "have query's dtype", v_cache.dtype)
+    device = query.device
+    require(op, k_cache.device == device, "k_cache", "be on query's device", k_cache.device)
+    require(op, v_cache.device == device, "v_cache", "be on query's device", v_cache.device)
+    require(op, slots.device == device, "slots", "be on query's device", slots.device)
+    dense = shape[3] <= 1 or query.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
+    which, remedy = "query, k_cache and v_cache", "call .contiguous()"
+    require(op, dense, which, "be contiguous in the last dim", "another stride", remedy)
+    if cache_batch_idx is None:
+        remedy = "or pass cache_batch_idx"
+        require(op, cached[0] == shape[0], "k_cache", "have query's B", cached, remedy)
+    else:
+        index = cache_batch_idx
+        require(op, index.shape == shape[:1], "cache_batch_idx", "be [B]", index.shape)
+        require_dtype(op, index.dtype == torch.int32, "cache_batch_idx", "be int32", index.dtype)
+        here = index.device == device
+        require(op, here, "cache_batch_idx", "be on query's device", index.device)
+
+
 def _check_entries(
     op: str,
     slots: torch.Tensor,
@@ -126,4 +248,34 @@ def _run_mask(
     )
 
 
+def _run_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    steps: torch.Tensor,
+    grid: list[int],
+    published: bool,
+    cache_batch_idx: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
+    softmax_scale: float,
+    num_splits: int | None,
+    implementation: str,
+) -> torch.Tensor:
+    """Run the chosen implementation."""
+    return reference.diagonal_attention(
+        query,
+        k_cache,
+        v_cache,
+        slots,
+        steps,
+        grid=grid,
+        published=published,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        softmax_scale=softmax_scale,
+    )
+
+
 _ops.implement("diagonal_mask", cpu=_run_mask, cuda=_run_mask)
+_ops.implement("diagonal_attention", cpu=_run_attention, cuda=_run_attention)
