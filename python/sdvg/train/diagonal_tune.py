@@ -3,8 +3,8 @@
 Diagonal decoding (arXiv 2503.14070) decodes the token of frame f, row r, column c in pass
 ``f S + r k + c`` (``S = (h - 1) k + w`` spatial, ``h k`` spatio-temporal), so a token may lack what
 raster order would have shown it. The model is trained on what it will see: raster order, and of
-that what is decoded before the query's output. A row's first token is predicted from a stand-in for
-its true predecessor, the token above it. What is learnt is a low-rank update of the linear layers.
+that what is decoded before the query's output; and on the stand-ins that start rows. What is learnt
+is a low-rank update of the linear layers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from sdvg.models.embedded.tokens import (
 )
 from sdvg.train.loop import fit
 from sdvg.train.tokens import dark_code, forward, neighbours, sample_clips, spoil, thin, weigh
+from sdvg_kernels import diagonal_schedule
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 MODES = ("spatial", "spatiotemporal")
+# what is fed for a row's last token while that is not there yet
+ROW_START = "newest"
 # steps and rank of the shipped run
 STEPS, RANK = 600, 64
 # until this share of the steps: clips of a batch, frames of a clip, slots of a clip
@@ -44,16 +47,16 @@ PHASES = ((0.9, 8, FRAMES, 600), (1.0, 4, FRAMES, 4096))
 
 
 class Entries(NamedTuple):
-    """A clip as diagonal decoding feeds it: every token once, then a stand-in for each row start.
+    """A clip as diagonal decoding feeds it: every token but the last once, and the stand-ins.
 
     All are ``[E]``: what is fed, where it stands, when it is decoded, what is predicted from it.
     """
 
     source: Tensor  # int64, the slot whose token is fed
     position: Tensor  # int64, the slot that it stands in
-    step: Tensor  # int64, the pass that decodes it; -1 for text and actions
+    step: Tensor  # int64, the pass that decodes the token of that slot; -1 for text and actions
     target: Tensor  # int64, the slot that is predicted; -1 for none
-    target_step: Tensor  # int64, the pass that decodes that one
+    target_step: Tensor  # int64, the pass that feeds the entry, and predicts from it
     stand_in: Tensor  # bool, seen by itself alone
 
     def take(self, chosen: Tensor) -> Entries:
@@ -61,45 +64,28 @@ class Entries(NamedTuple):
         return Entries(*(field[chosen] for field in self))
 
 
-def entries(models: VideoTokens, frames: int, k: int, mode: str) -> Entries:
-    """The entries of a clip of ``frames`` frames; with ``k = 16`` raster order, without stand-ins.
+def entries(
+    models: VideoTokens, frames: int, k: int, mode: str, row_start: str = ROW_START
+) -> Entries:
+    """The entries of a clip of ``frames`` frames, by `sdvg_kernels.diagonal_schedule`.
 
-    Raises ValueError for another mode, or k outside [1, 16].
+    Raises ValueError as that does.
     """
-    if mode not in MODES:
-        raise ValueError(f"diagonal_tune: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not 1 <= k <= WIDTH:
-        raise ValueError(f"diagonal_tune: k must lie in [1, {WIDTH}], got {k}")
-    slots = models.slot(frames) - 1
-    frame, row, column = (
-        axis.flatten()
-        for axis in torch.meshgrid(*map(torch.arange, (frames, HEIGHT, WIDTH)), indexing="ij")
-    )
-    period = (HEIGHT - 1) * k + WIDTH if mode == "spatial" else HEIGHT * k
-    own = frame * period + row * k + column
-    places = PROMPT + frame * (HEIGHT * WIDTH + 1) + row * WIDTH + column
-    step = torch.full((slots,), -1)
-    step[places] = own
-    source = torch.arange(slots)
-    # each predicts the slot after it, where that is a code
-    target = torch.full((slots,), -1)
-    target[places - 1] = places
-    # what predicts nothing is fed a pass after it was decoded
-    target_step = step + 1
-    target_step[places - 1] = own
-    fields = [source, source, step, target, target_step, torch.zeros(slots, dtype=torch.bool)]
-    if k < WIDTH:
-        start = (column == 0) & (row > 0)
-        places, own = places[start], own[start]
-        # the true predecessor is decoded too late to predict it
-        target[places - 1] = -1
-        target_step[places - 1] = step[places - 1] + 1
-        extra = [
-            places - WIDTH, places - 1, own, places, own,
-            torch.ones(len(places), dtype=torch.bool),
-        ]  # fmt: skip
-        fields = [torch.cat(pair) for pair in zip(fields, extra, strict=True)]
-    return Entries(*fields)
+    plan = diagonal_schedule(frames, HEIGHT, WIDTH, k, mode, row_start, prefix=PROMPT, extra=1)
+    fed = plan.slots >= 0
+    # the prompt but its last token, which pass 0 feeds
+    prompt = torch.arange(PROMPT - 1)
+    nothing = torch.full_like(prompt, -1)
+    position, source, target, target_step = (
+        torch.cat((before, table[fed].long()))
+        for before, table in (
+            (prompt, plan.slots), (prompt, plan.sources), (nothing, plan.outputs),
+            (torch.zeros_like(prompt), plan.steps),
+        )
+    )  # fmt: skip
+    step = torch.full((plan.size,), -1)
+    step[target[target >= 0]] = target_step[target >= 0]
+    return Entries(source, position, step[position], target, target_step, source != position)
 
 
 def mask_mod(fed: Entries) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
