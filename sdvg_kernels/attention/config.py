@@ -121,34 +121,6 @@ INTERPRETED = Launch(16, 16, 4, 1, 1, "Triton's interpreter")
 MOST_PACKED = 64
 
 
-@dataclass(frozen=True)
-class Combine:
-    """BN parts of BR rows a step; in the last program of each tile, or in a launch of its own."""
-
-    BR: int
-    BN: int
-    num_warps: int
-    last_program: bool
-    reason: str
-
-
-COMBINE = Combine(
-    4, 16, 4, False, "32 KB of parts on their way; few rows a program, so that all processors read"
-)
-# a dependent launch costs 1.5 to 2 us in a graph before its first load is back. One program takes
-# 32 KB a step (64 registers a thread), and a step as long as L2 answers, 0.6 us: two are less. More
-# rows are more bytes, and registers that a tile of 64 rows does not have
-_LAST_PROGRAM_BYTES, _LAST_PROGRAM_ROWS = 64 << 10, 16
-
-
-def combine(rows: int, dim: int, num_splits: int) -> Combine:
-    """Return how `num_splits` parts of a tile of `rows` rows are combined. Not measured."""
-    if rows > _LAST_PROGRAM_ROWS or num_splits * rows * dim * 4 > _LAST_PROGRAM_BYTES:
-        return COMBINE
-    few = 1 << (rows - 1).bit_length()
-    return Combine(few, 8192 // dim // few, 4, True, "32 KB of parts on their way in one program")
-
-
 def choose(
     capability: tuple[int, int] | None,
     dim: int,
@@ -227,9 +199,6 @@ def budget(arch: int, launch: Launch, dtype: torch.dtype) -> Budget:
         return Budget()
     wide = {_HOPPER: "HGMMA", _BLACKWELL: "UTC"}.get(arch, "HMMA")
     return Budget(matrix=wide if launch.BT >= 64 else "HMMA")
-
-
-COMBINE_BUDGET = Budget(registers=128)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sdvg_kernels import _tuned
+from sdvg_kernels import _combine, _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
+from sdvg_kernels._combine import combine_compilations, combine_parts, combine_rows
+from sdvg_kernels._tickets import take
 from sdvg_kernels.attention import config
-from sdvg_kernels.attention.combine import combine_compilations, combine_parts, combine_rows
-from sdvg_kernels.attention.tickets import take
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -333,7 +333,7 @@ def attention_kernel(
         if ticket == num_splits - 1:
             # for the next launch, or the next replay
             tl.store(p_ticket, 0)
-            # config.combine and MOST_TILES keep the parts within 32-bit offsets
+            # _combine.choose and MOST_TILES keep the parts within 32-bit offsets
             for i_r in range(i_t * BT, tl.minimum(i_t * BT + BT, R), BR):
                 o_c = i_r + tl.arange(0, BR)
                 combine_rows(
@@ -352,6 +352,7 @@ def attention_kernel(
                     o_c // PACK,
                     i_h * PACK + o_c % PACK,
                     o_c < R,
+                    D,
                     D,
                     BN,
                     HAS_LSE,
@@ -406,12 +407,12 @@ def block_causal_attention(
         key_tiles = triton.cdiv(seen, launch.BS)
         num_splits = config.splits(launch, tiles, key_tiles, _processors(query.device))
 
-    combine = config.COMBINE
+    combine = _combine.COMBINE
     part = part_lse = tickets = None
     if num_splits > 1:
         part = query.new_empty((num_splits, batch, rows, heads, dim), dtype=torch.float32)
         part_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
-        combine = config.combine(min(rows * pack, launch.BT), dim, num_splits)
+        combine = _combine.choose(min(rows * pack, launch.BT), dim, num_splits)
     with _on(query.device):
         if num_splits > 1 and combine.last_program:
             tickets = take(query.device, tiles)
@@ -511,7 +512,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
         ]
         for launch, full in cases:
             pack = 4 if full and launch.BT <= config.MOST_PACKED else 1
-            combine = config.combine(launch.BT, dim, 2)
+            combine = _combine.choose(launch.BT, dim, 2)
             last = full and combine.last_program
             yield Compilation(
                 kernel=attention_kernel,

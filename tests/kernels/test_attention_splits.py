@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sdvg_kernels import block_causal_attention
-from sdvg_kernels.attention import config
 from sdvg_kernels.testing import Lane
 from tests.kernels.test_attention import CASES, GPU, Case, check, make
 
@@ -19,7 +18,8 @@ from tests.kernels.test_attention import CASES, GPU, Case, check, make
 def combined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the parts of a split are combined."""
     if request.param == "second launch":
-        monkeypatch.setattr(config, "combine", lambda *_: config.COMBINE)
+        combine = pytest.importorskip("sdvg_kernels._combine")
+        monkeypatch.setattr(combine, "choose", lambda *_: combine.COMBINE)
     return request.param
 
 
@@ -28,7 +28,7 @@ def tickets(lane: Lane) -> ModuleType:
     """The room of the counters, in the lanes of the Triton kernel."""
     if lane.implementation != "triton":
         pytest.skip("the reference has no splits")
-    return importlib.import_module("sdvg_kernels.attention.tickets")
+    return importlib.import_module("sdvg_kernels._tickets")
 
 
 @pytest.mark.parametrize("splits", [2, 18])

@@ -1,26 +1,57 @@
 """The parts of a split become one: in the last program of each tile, or in a launch of its own.
 
+What the attention kernels share. How parts are combined is chosen here, and was not measured.
+
     m = max_n lse[n]    out = sum_n 2^(lse[n] - m) part[n] / sum_n 2^(lse[n] - m)
 
-Layout: part [NS, B, T, H, D] float32, part_lse [NS, B, H, T] float32 in base 2, out [B, T, H, D].
+Layout: part [NS, B, T, H, D] float32, part_lse [NS, B, H, T] float32 in base 2, out [B, T, H, DO],
+D the power of two that DO is padded to.
 The order of the sum is that of the parts, whoever adds them up: runs repeat bit for bit.
 """
 
 # a Triton kernel's arguments have no Python types
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from sdvg_kernels._budget import Compilation
-from sdvg_kernels.attention import config
+from sdvg_kernels._budget import Budget, Compilation
 
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Combine:
+    """BN parts of BR rows a step; in the last program of each tile, or in a launch of its own."""
+
+    BR: int
+    BN: int
+    num_warps: int
+    last_program: bool
+    reason: str
+
+
+COMBINE = Combine(
+    4, 16, 4, False, "32 KB of parts on their way; few rows a program, so that all processors read"
+)
+# a dependent launch costs 1.5 to 2 us in a graph before its first load is back. One program takes
+# 32 KB a step (64 registers a thread), and a step as long as L2 answers, 0.6 us: two are less. More
+# rows are more bytes, and registers that a tile of 64 rows does not have
+_LAST_PROGRAM_BYTES, _LAST_PROGRAM_ROWS = 64 << 10, 16
+
+
+def choose(rows: int, dim: int, num_splits: int) -> Combine:
+    """Return how `num_splits` parts of a tile of `rows` rows are combined. Not measured."""
+    if rows > _LAST_PROGRAM_ROWS or num_splits * rows * dim * 4 > _LAST_PROGRAM_BYTES:
+        return COMBINE
+    few = 1 << (rows - 1).bit_length()
+    return Combine(few, 8192 // dim // few, 4, True, "32 KB of parts on their way in one program")
 
 
 @triton.jit
@@ -41,6 +72,7 @@ def combine_rows(
     o_h,
     m_i,
     D: tl.constexpr,
+    DO: tl.constexpr,
     BN: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
@@ -82,7 +114,10 @@ def combine_rows(
     b_l = tl.where(m_seen, b_l, 1.0)
     p_o = out + tl.cast(i_b, tl.int64) * stride_ob + o_h.to(tl.int64)[:, None] * stride_oh
     p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
-    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None])
+    m_o = m_i[:, None]
+    if DO < D:
+        m_o = m_o & (o_d < DO)[None, :]
+    tl.store(p_o, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_o)
     if HAS_LSE:
         b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
         tl.store(lse + o_x, b_lse, mask=m_i)
@@ -102,6 +137,7 @@ def combine_kernel(
     H,
     num_splits,
     D: tl.constexpr,
+    DO: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -127,6 +163,7 @@ def combine_kernel(
         o_r % H,
         o_r < T * H,
         D,
+        DO,
         BN,
         HAS_LSE,
     )
@@ -141,7 +178,7 @@ def combine_parts(
 ) -> None:
     """Launch the kernel: write out, and lse [B, H, T] with `return_lse`."""
     num_splits, batch, rows, heads, dim = part.shape
-    launch = config.COMBINE
+    launch = COMBINE
     combine_kernel[(batch * triton.cdiv(rows * heads, launch.BR),)](
         part=part,
         part_lse=part_lse,
@@ -155,6 +192,7 @@ def combine_parts(
         H=heads,
         num_splits=num_splits,
         D=dim,
+        DO=out.shape[3],
         BR=launch.BR,
         BN=launch.BN,
         HAS_LSE=return_lse,
@@ -164,18 +202,17 @@ def combine_parts(
 
 def combine_compilations(arch: int) -> Iterator[Compilation]:
     """Yield the second launch for `arch`."""
-    for dim in (64, 128):
-        combine = config.COMBINE
+    for dim, padded in ((64, 64), (100, 128), (128, 128)):
         yield Compilation(
             kernel=combine_kernel,
             arch=arch,
-            config=f"D{dim} bf16 BR{combine.BR} BN{combine.BN} lse",
+            config=f"D{dim} bf16 BR{COMBINE.BR} BN{COMBINE.BN} lse",
             signature={"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
             | dict.fromkeys(("stride_ob", "stride_ot", "stride_oh"), "i32")
             | dict.fromkeys(("B", "T", "H", "num_splits"), "i32"),
-            constants={"D": dim, "BR": combine.BR, "BN": combine.BN, "HAS_LSE": True},
+            constants={"D": padded, "DO": dim, "BR": COMBINE.BR, "BN": COMBINE.BN, "HAS_LSE": True},
             divisible=("part", "part_lse", "out", "lse", "stride_ob", "stride_ot", "stride_oh"),
-            num_warps=combine.num_warps,
+            num_warps=COMBINE.num_warps,
             num_stages=3,
-            budget=config.COMBINE_BUDGET,
+            budget=Budget(registers=128),
         )
