@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvg.models.vae_fused import DecoderGraphs, Feature, FusedDecoder
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+_LOG = logging.getLogger("sdvg")
 
 
 class DecoderState(NamedTuple):
@@ -28,7 +33,7 @@ class DecoderState(NamedTuple):
     """
 
     # per causal convolution: a tensor [B, C, t, H, W], "Rep" (a first frame was seen), or None
-    features: tuple[Tensor | str | None, ...]
+    features: tuple[Feature, ...]
     first: bool
 
 
@@ -47,20 +52,53 @@ class StreamingVAE:
             if isinstance(module, WanRMS_norm):
                 module.forward = partial(_rms_norm, module)
         self.vae = vae.eval().requires_grad_(False)
-        channels = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(vae.config.latents_mean).view(channels)
-        self._std = torch.tensor(vae.config.latents_std).view(channels)
         # the count of causal convolutions appears only here
         vae.clear_cache()
         self._convolutions = vae._conv_num
+        # put there by `accelerate`
+        self._fused: FusedDecoder | None = None
+        self._graphs: DecoderGraphs | None = None
+        self._statistics: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """What the decoder computes in."""
         return self.vae.post_quant_conv.weight.dtype
 
+    def accelerate(self, *, graphs: bool = False) -> StreamingVAE:
+        """Decode channels-last on the fused norm from now on, to the same numbers but for rounding.
+
+        The weights change their layout in place, not their names or values, and stay usable by
+        diffusers. On a GPU in half precision cuDNN should be 9.15 or later: torch passes over some
+        before it (pytorch/pytorch#166643).
+
+        Args:
+            graphs: also replay one CUDA graph for each shape of latents and kind of block (a
+                video's first, later ones). It keeps the decoder's activations and the features
+                once more, about 7 GB for 480 x 832 in bf16, until `release`. Where that cannot be,
+                a warning says why.
+
+        Returns self. A decoder that is built of other parts than Wan's stays diffusers', with a
+        warning.
+        """
+        if self._fused is None:
+            try:
+                self._fused = FusedDecoder(self.vae.decoder)
+            except NotImplementedError as reason:
+                _LOG.warning("accelerate: diffusers' own forward decodes: %s", reason)
+                return self
+        if graphs and self._graphs is None:
+            self._graphs = DecoderGraphs(self._forward, self.vae.parameters)
+        return self
+
+    def release(self) -> None:
+        """Let go of captured graphs, gigabytes of the device's memory; decode without them."""
+        self._graphs = None
+
     def start(self, batch: int) -> DecoderState:
         """Return the state before the first block; it serves any batch."""
+        if self._graphs is not None:
+            self._graphs.start()
         return DecoderState((None,) * self._convolutions, True)
 
     @torch.no_grad()
@@ -69,27 +107,58 @@ class StreamingVAE:
 
         Frames are float32 (float64 from a float64 decoder), whatever the decoder computes in.
         """
-        if (hook := getattr(self.vae, "_hf_hook", None)) is not None:
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hook is not None:
             # accelerate's offloading brings the weights for a forward, and only for that
             hook.pre_forward(self.vae)
         weight = self.vae.post_quant_conv.weight
         latents = latents.transpose(1, 2).to(weight.device, weight.dtype)
-        latents = self.vae.post_quant_conv(latents * self._std.to(latents) + self._mean.to(latents))
-        features = list(state.features)
+        if self._graphs is None:
+            frames, features = self._forward(latents, state.features, state.first)
+        else:
+            offloaded = hook is not None
+            frames, features = self._graphs(latents, state.features, state.first, offloaded)
+        return frames, DecoderState(features, False)
+
+    def _forward(
+        self,
+        latents: Tensor,
+        features: Sequence[Feature],
+        first: bool,
+        into: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Feature, ...]]:
+        """Return the frames of `[B, C, F, h, w]` and the features, `into` where that is given."""
+        mean, std = self._scales(latents)
+        latents = self.vae.post_quant_conv(latents * std + mean)
         # the first latent frame of a video stands alone; the others go through together
-        parts = latents.split([1, latents.shape[2] - 1], dim=2) if state.first else (latents,)
-        frames = [
-            self.vae.decoder(part, feat_cache=features, feat_idx=[0], first_chunk=first)
-            for part, first in zip(parts, (state.first, False), strict=False)
-            if part.shape[2]
-        ]
+        parts = latents.split([1, latents.shape[2] - 1], dim=2) if first else (latents,)
+        frames = []
+        for part, alone in zip(parts, (first, False), strict=False):
+            if not part.shape[2]:
+                continue
+            if self._fused is not None:
+                out, features = self._fused(part, features, alone, into)
+            else:
+                features = list(features)
+                out = self.vae.decoder(part, feat_cache=features, feat_idx=[0], first_chunk=alone)
+            frames.append(out)
         pixels = torch.cat(frames, dim=2)
         if self.vae.config.patch_size is not None:
             # Wan 2.2's decoder leaves pixels folded into channels
             pixels = self._unpatchify(pixels, self.vae.config.patch_size)
         wide = torch.promote_types(pixels.dtype, torch.float32)
         pixels = pixels.to(wide).clamp(-1, 1).transpose(1, 2)
-        return (pixels + 1) / 2, DecoderState(tuple(features), False)
+        return (pixels + 1) / 2, tuple(features)
+
+    def _scales(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents' mean and deviation `[1, C, 1, 1, 1]`, kept where they are needed."""
+        if self._statistics is None or self._statistics[0].device != latents.device:
+            config = self.vae.config
+            self._statistics = tuple(
+                torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device)
+                for values in (config.latents_mean, config.latents_std)
+            )
+        return tuple(values.to(latents.dtype) for values in self._statistics)
 
     def take(self, state: DecoderState, rows: Tensor) -> DecoderState:
         """Return the state of the sequences `rows` alone."""
