@@ -26,7 +26,7 @@ STOREYS = (
     ("router", "schedule", "cache", "models", "scorers"),
     ("commit",),
     ("engine", "tokens"),
-    ("report", "sweep", "bench", "env", "quality"),
+    ("report", "sweep", "bench", "env", "quality", "recipes", "arguments"),
     ("cli", "pipeline", "adapters", "train"),
 )
 # ... and from these of its own

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from sdvg import bench, env
-from sdvg.commit import Recompute
+from sdvg.commit import policy
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> int:
     """Make one video for each prompt, with sheet and report; Ctrl-C keeps the finished blocks."""
     from sdvg.models import embedded
 
-    router, schedule, commit = _router(args), preset(args.schedule), _commit(args.commit)
+    router, schedule, commit = _router(args), preset(args.schedule), policy(args.commit)
     args.drafter_cache = args.drafter_cache or ("own" if args.run_ahead else "synced")
     paths = _paths(args.out, len(args.prompt))
     with Aside() as aside, _Interrupts() as interrupts:
@@ -159,7 +159,7 @@ def sweep(args: argparse.Namespace) -> int:
     args.drafter_cache = args.drafter_cache or "synced"
     count = (8 if args.quick else 100) if args.prompts is None else args.prompts
     options = {
-        "schedule": preset(args.schedule), "commit": _commit(args.commit),
+        "schedule": preset(args.schedule), "commit": policy(args.commit),
         "drafter_schedule": _drafting(args, preset(args.schedule)),
         "drafter_cache": args.drafter_cache,
     }  # fmt: skip
@@ -271,15 +271,6 @@ def _drafting(args: argparse.Namespace, schedule: Schedule) -> Schedule:
     if args.drafter_timesteps is None:
         return schedule
     return Schedule((tuple(args.drafter_timesteps),), clean_pass=schedule.clean_pass)
-
-
-def _commit(text: str) -> str | Recompute:
-    name, _, frames = text.partition(":")
-    if name != "recompute":
-        return text
-    if not frames.isdecimal():
-        raise ValueError(f"commit: must be lazy, eager or recompute:FRAMES, got {text!r}")
-    return Recompute(int(frames))
 
 
 def _paths(out: Path, count: int) -> list[Path]:

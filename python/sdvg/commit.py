@@ -27,6 +27,26 @@ class Recompute:
         if self.frames < 1:
             raise ValueError(f"commit: frames must be at least 1, got {self.frames}")
 
+    def __str__(self) -> str:
+        """Return the name that `policy` reads."""
+        return f"recompute:{self.frames}"
+
+
+def policy(commit: str | Recompute) -> str | Recompute:
+    """Return the policy that a name stands for: "lazy", "eager" or "recompute:FRAMES".
+
+    Raises ValueError for anything else.
+    """
+    name, _, frames = commit.partition(":") if isinstance(commit, str) else (commit, "", "")
+    if name == "recompute" and frames.isdecimal():
+        return Recompute(int(frames))
+    if not isinstance(commit, Recompute) and commit not in ("lazy", "eager"):
+        raise ValueError(
+            f"commit: must be lazy, eager or recompute:FRAMES, got {commit!r}; "
+            "Recompute(frames) is the last one in Python"
+        )
+    return commit
+
 
 # who may use a model's cache: the generation that started it last
 _HOLDERS: weakref.WeakKeyDictionary[CausalModel, weakref.ref[CachedModel]] = (

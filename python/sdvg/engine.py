@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdvg.clock import Clock
-from sdvg.commit import CachedModel, Recompute
+from sdvg.commit import CachedModel, Recompute, policy
 from sdvg.host import Rows, device_of, move, read
 from sdvg.router import Reward
 from sdvg.schedule import Schedule, preset
@@ -46,8 +46,8 @@ class SDVG:
         force_first: let the target make block 0 whatever the router says (the paper does).
         commit: when accepted blocks enter the target's cache. "lazy": in one multi-block pass, when
             the target is next needed, without blocks that can no longer change its output; "eager":
-            at once, one pass a block; `Recompute(n)`: nothing is kept, the last n latents are
-            written anew before each target block.
+            at once, one pass a block; `Recompute(n)` or "recompute:n": nothing is kept, the last n
+            latents are written anew before each target block.
         drafter_cache: "own": the drafter goes on from its own drafts (the paper); "synced": from
             the final blocks.
         run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU it
@@ -79,7 +79,7 @@ class SDVG:
         self.schedule = preset(schedule) if isinstance(schedule, str) else schedule
         drafting = schedule if drafter_schedule is None else drafter_schedule
         self.drafter_schedule = preset(drafting) if isinstance(drafting, str) else drafting
-        self.force_first, self.commit = force_first, commit
+        self.force_first, self.commit = force_first, policy(commit)
         self.drafter_cache, self.run_ahead = drafter_cache, run_ahead
         self._check()
 
@@ -113,8 +113,9 @@ class SDVG:
             raise ValueError(
                 "sdvg: drafter and target must each have a cache of their own, got one model twice"
             )
-        if self.decoder is None:
-            raise ValueError("sdvg: decoder must turn latents to frames, got None")
+        for name, part in (("decoder", self.decoder), ("preview", self.preview or self.decoder)):
+            if not hasattr(part, "decode"):
+                raise ValueError(f"sdvg: {name} must turn latents to frames, got {part!r}")
         if not callable(self.router):
             raise ValueError(
                 f"sdvg: router must be callable, got {self.router!r}; take one of sdvg.router, "
@@ -131,10 +132,6 @@ class SDVG:
             raise ValueError(
                 f"sdvg: scorer must be given for the router {self.router!r}, got None; "
                 "give one, or take a router that needs no score (Stride, Random, Always, Never)"
-            )
-        if not isinstance(self.commit, Recompute) and self.commit not in ("lazy", "eager"):
-            raise ValueError(
-                f"sdvg: commit must be 'lazy', 'eager' or Recompute(n), got {self.commit!r}"
             )
         if isinstance(self.commit, Recompute) and self.commit.frames % shapes[0][0]:
             raise ValueError(

@@ -39,6 +39,15 @@ def device_of(part: object, otherwise: torch.device) -> torch.device:
     return next((weight.device for weight in weights), otherwise)
 
 
+def is_there(device: torch.device | str) -> bool:
+    """Return whether `device` names one of this machine's."""
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    return known.type != "cuda" or (known.index or 0) < torch.cuda.device_count()
+
+
 class Rows:
     """Some sequences of a batch: on the host, and copied at most once to each device."""
 

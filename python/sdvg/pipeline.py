@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from sdvg.commit import Recompute
+from sdvg.arguments import Generator, foreign, require_pixels, seeds, texts
+from sdvg.commit import Recompute, policy
 from sdvg.engine import SDVG, Generation
-from sdvg.models.accelerate import Fp8Linear
+from sdvg.host import device_of, is_there
 from sdvg.models.checkpoints import load_transformer
+from sdvg.models.accelerate import Fp8Linear
 from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
+from sdvg.recipes import recipe as settings_of
 from sdvg.router import Reward
 from sdvg.schedule import Schedule
 from sdvg.types import Block, Decoder, Router, Scorer, Stats, Verdict
@@ -77,6 +80,7 @@ class SDVGPipeline(DiffusionPipeline):
         past_weight: what the target's past keys weigh in the softmax (Krea Realtime: 0.3).
         max_sequence_length: tokens of a prompt; longer ones are cut.
         schedule: denoising steps, a preset's name.
+        commit: when kept blocks enter the target's cache, see `SDVG`; its name.
 
     Raises:
         ValueError: parts or sizes that do not fit each other, in one sentence.
@@ -103,6 +107,7 @@ class SDVGPipeline(DiffusionPipeline):
         past_weight: float = 1.0,
         max_sequence_length: int = 512,
         schedule: str = "self_forcing",
+        commit: str | Recompute = "lazy",
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -114,18 +119,78 @@ class SDVGPipeline(DiffusionPipeline):
             scorer=_name_of(scorer), height=height, width=width, frames_per_block=frames_per_block,
             sink_frames=sink_frames, window_frames=window_frames,
             drafter_window_frames=drafter_window_frames, past_weight=past_weight,
-            max_sequence_length=max_sequence_length, schedule=schedule,
+            max_sequence_length=max_sequence_length, schedule=schedule, commit=str(policy(commit)),
         )  # fmt: skip
         self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
         self._generation: Generation | None = None
         self._acceleration: dict[str, bool] | None = None
         # around each transformer, as long as its sizes stay
         self._models: dict[str, tuple[tuple[object, ...], CausalWan]] = {}
+        # the prompts that both models ask for
+        self._encoded: dict[tuple[str, ...], Tensor] = {}
 
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> SDVGPipeline:
         """Run both transformers on the fused ops from the next video on; see `sdvg.accelerate`."""
         self._acceleration = {"graphs": graphs, "fp8": fp8}
         return self
+
+    def to(self, *args: object, **kwargs: object) -> SDVGPipeline:
+        """Move or convert all parts, as diffusers does; the scorer is moved, never converted."""
+        super().to(*args, **kwargs)
+        for given in (*args, kwargs.get("device")):
+            if isinstance(given, str | torch.device) and isinstance(self.scorer, torch.nn.Module):
+                self.scorer.to(given)
+        return self
+
+    def place(self, **devices: torch.device | str) -> SDVGPipeline:
+        """Move parts to devices of their own; return the pipeline.
+
+        The loop moves prompts, latents and frames between them without a wait of the host.
+
+            pipe.to("cuda:0").place(text_encoder="cuda:1", vae="cuda:1", scorer="cuda:1")
+
+        is the paper's split. A drafter on a GPU of its own drafts while the target repairs, where a
+        call allows it with `run_ahead`.
+
+        Args:
+            devices: text_encoder, drafter, transformer, vae, scorer: device.
+
+        Raises:
+            TypeError, ValueError: another part, a missing one, or one that cannot be moved.
+            RuntimeError: a part that is offloaded.
+        """
+        names = ("text_encoder", "drafter", "transformer", "vae", "scorer")
+        for name, device in devices.items():
+            if name not in names:
+                raise TypeError(
+                    f"pipeline: place must name parts among {', '.join(names)}, got {name!r}"
+                )
+            part = getattr(self, name)
+            if not isinstance(part, torch.nn.Module):
+                raise ValueError(
+                    f"pipeline: {name} must be a torch module to be placed, "
+                    f"got {type(part).__name__}"
+                )
+            if hasattr(part, "_hf_hook"):
+                raise RuntimeError(
+                    f"pipeline: {name} must not be offloaded to be placed; "
+                    "call remove_all_hooks() first"
+                )
+            if not is_there(device):
+                raise ValueError(
+                    f"pipeline: {name} must be placed on a device of this machine, got {device!r}"
+                )
+        for name, device in devices.items():
+            getattr(self, name).to(device)
+        return self
+
+    def enable_sequential_cpu_offload(self, *args: object, **kwargs: object) -> None:
+        """Refuse: a layer's weights are read outside of its own forward."""
+        raise _no_layerwise_offload("enable_sequential_cpu_offload")
+
+    def enable_group_offload(self, *args: object, **kwargs: object) -> None:
+        """Refuse: a layer's weights are read outside of its own forward."""
+        raise _no_layerwise_offload("enable_group_offload")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: object) -> SDVGPipeline:
@@ -160,9 +225,11 @@ class SDVGPipeline(DiffusionPipeline):
         drafter_lora: str | Path | None = None,
         target_lora: str | Path | None = None,
         scorer: Scorer | None = None,
+        recipe: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         drafter_device: torch.device | str | None = None,
+        scorer_device: torch.device | str | None = None,
         **sizes: object,
     ) -> SDVGPipeline:
         """Build a pipeline from loose checkpoints: Self-Forcing's, Krea's, LongLive's, Wan's own.
@@ -174,14 +241,25 @@ class SDVGPipeline(DiffusionPipeline):
                 reads, or models; one of them may be None.
             drafter_lora, target_lora: low-rank updates, merged.
             scorer: see the class.
+            recipe: the settings of "self_forcing", "longlive" or "krea" (`sdvg.recipes`); sizes
+                that are given go before them.
             dtype, device: of the models; the autoencoder too.
             drafter_device: for a drafter on a GPU of its own (with `run_ahead` it then drafts while
-                the target repairs); None: `device`. The scorer runs where it lies.
+                the target repairs); None: `device`.
+            scorer_device: of what stands around the models: text encoder, autoencoder, scorer (the
+                paper's second GPU); None: `device`, and the scorer stays where it lies. `place`
+                moves each part alone.
             sizes: the class's own settings: height, window_frames, ...
 
         Raises:
             ValueError: a file that is missing, broken or another model's, in one sentence.
         """
+        for name in sizes:
+            # before minutes of loading, not after
+            if name not in inspect.signature(cls).parameters:
+                raise TypeError(f"pipeline: {name} must be a setting of the pipeline, got no such")
+        sizes = ({} if recipe is None else settings_of(recipe)) | sizes
+        beside = device if scorer_device is None else scorer_device
 
         def transformer(
             source: str | Path | WanTransformer3DModel | None,
@@ -196,12 +274,14 @@ class SDVGPipeline(DiffusionPipeline):
             "tokenizer": AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
             "text_encoder": UMT5EncoderModel.from_pretrained(
                 base, subfolder="text_encoder", dtype=dtype
-            ).to(device),
-            "vae": AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=dtype).to(device),
+            ).to(beside),
+            "vae": AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=dtype).to(beside),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
             "drafter": transformer(drafter, drafter_lora, drafter_device or device),
             "transformer": transformer(target, target_lora, device),
         }
+        if scorer_device is not None and isinstance(scorer, torch.nn.Module):
+            scorer.to(scorer_device)
         return cls(**parts, scorer=scorer, **sizes)
 
     def save_pretrained(self, folder: str | Path, **options: object) -> None:
@@ -231,19 +311,20 @@ class SDVGPipeline(DiffusionPipeline):
         width: int | None = None,
         tau: float = -0.7,
         router: Router | None = None,
-        generator: torch.Generator | int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
         schedule: Schedule | str | None = None,
         drafter_schedule: Schedule | str | None = None,
-        commit: str | Recompute = "lazy",
+        commit: str | Recompute | None = None,
         drafter_cache: str = "own",
         force_first: bool = True,
         run_ahead: int = 0,
         preview: Decoder | None = None,
-    ) -> Generation:
+        **unknown: object,
+    ) -> Stream:
         """Return an iterator that yields each block as soon as it is final.
 
-        `next(stream).frames` are `[B, N, 3, H, W]` in [0, 1]; `stream.switch(prompts)` follows
-        other prompts from the next block on; `stream.summary()` says how it went.
+        `next(stream).frames` are `[B, N, 3, H, W]` in [0, 1]; `stream.switch(prompt)` follows
+        another prompt from the next block on; `stream.summary()` says how it went.
 
         Args:
             prompt: one text, or one for each video.
@@ -253,35 +334,42 @@ class SDVGPipeline(DiffusionPipeline):
                 be 9, 21, 33, ... frames for blocks of three latent frames.
             height, width: pixels, multiples of 16.
             tau, router: the threshold of `Reward`, or any other router.
-            generator: its seed, or the seed itself, keys the noise; None: a seed is drawn from
-                torch's default generator.
-            schedule, drafter_schedule, commit, drafter_cache, force_first, run_ahead, preview: see
-                `SDVG`; a preview is `sdvg.models.vae.TinyDecoder`, say.
+            generator: a number drawn from it keys the noise, so each call goes on in it; or that
+                number itself, a seed; or a list of either, one for each prompt, whose videos are
+                those that each gives alone. None: a number is drawn from torch's own generator.
+            schedule, commit: None: the pipeline's own.
+            drafter_schedule, drafter_cache, force_first, run_ahead, preview: see `SDVG`; a preview
+                is `sdvg.models.vae.TinyDecoder`, say.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, in one sentence.
         """
-        texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
-        prompts = [_clean(text) for text in texts]
+        if unknown:
+            raise foreign(*next(iter(unknown.items())), self.stream, self.config.frames_per_block)
+        prompts = texts(prompt)
         height = self.config.height if height is None else height
         width = self.config.width if width is None else width
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int):
                 raise TypeError(f"pipeline: {name} must be an integer, got {size!r}")
         given = self._given(image, video, len(prompts), height, width)
+        chosen = policy(self.config.commit if commit is None else commit)
         loop = SDVG(
             self._causal("drafter", height, width, self.config.drafter_window_frames),
-            self._causal("transformer", height, width, past_weight=self.config.past_weight),
+            self._causal(
+                "transformer", height, width, past_weight=self.config.past_weight,
+                # a pass of more than it rewrites would only make the ring longer
+                **(_one_pass(chosen, self.config.frames_per_block)),
+            ),
             StreamingVAE(self.vae),
             self.scorer,
             Reward(tau) if router is None else router,
             schedule=schedule or self.config.schedule, drafter_schedule=drafter_schedule,
-            force_first=force_first, commit=commit, drafter_cache=drafter_cache,
+            force_first=force_first, commit=chosen, drafter_cache=drafter_cache,
             run_ahead=run_ahead, preview=preview,
         )  # fmt: skip
-        self._generation = loop.generate(
-            prompts, num_blocks=num_blocks, seed=_seed(generator), given=given
-        )
+        self._encoded.clear()
+        self._generation = Stream(loop, prompts, num_blocks, seeds(generator), None, given)
         return self._generation
 
     @torch.no_grad()
@@ -303,21 +391,28 @@ class SDVGPipeline(DiffusionPipeline):
         if output_type not in OUTPUTS:
             names = ", ".join(OUTPUTS)
             raise ValueError(f"pipeline: output_type must be one of {names}, got {output_type!r}")
+        if callback_on_block_end is not None and not callable(callback_on_block_end):
+            raise TypeError(
+                "pipeline: callback_on_block_end must be callable, got "
+                f"{type(callback_on_block_end).__name__}"
+            )
         blocks = self.stream(prompt, **options)
         frames = []
-        with self.progress_bar(total=blocks.num_blocks) as bar:
-            for block in blocks:
-                if output_type != "latent":
-                    frames.append(block.frames.cpu())
-                if callback_on_block_end is not None:
-                    callback_on_block_end(self, block.index, block)
-                bar.update()
+        try:
+            with self.progress_bar(total=blocks.num_blocks) as bar:
+                for block in blocks:
+                    if output_type != "latent":
+                        frames.append(block.frames.cpu())
+                    if callback_on_block_end is not None:
+                        callback_on_block_end(self, block.index, block)
+                    bar.update()
+        finally:
+            self.maybe_free_model_hooks()
         made = torch.cat(blocks.latents if output_type == "latent" else frames, dim=1)
         if output_type in ("np", "pil"):
             made = made.permute(0, 1, 3, 4, 2).numpy()
         if output_type == "pil":
             made = [self.video_processor.numpy_to_pil(video) for video in made]
-        self.maybe_free_model_hooks()
         output = SDVGPipelineOutput(made, blocks.verdicts, blocks.summary())
         return output if return_dict else (output.frames, output.verdicts, output.stats)
 
@@ -330,14 +425,22 @@ class SDVGPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Return text embeddings `[B, L, dim]`, zero past each prompt's length, as Wan pads."""
+        if tuple(prompts) in self._encoded:
+            return self._encoded[tuple(prompts)]
         batch = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt",
             max_length=self.config.max_sequence_length,
         )  # fmt: skip
-        device = self._execution_device
+        device = self._device_of(self.text_encoder)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return hidden * mask[..., None]
+        self._encoded = {tuple(prompts): hidden * mask[..., None]}
+        return self._encoded[tuple(prompts)]
+
+    def _device_of(self, part: torch.nn.Module) -> torch.device:
+        """Return where a part computes; an offloaded one lies elsewhere."""
+        offloaded = hasattr(part, "_hf_hook")
+        return self._execution_device if offloaded else device_of(part, self.device)
 
     def _causal(
         self,
@@ -346,6 +449,7 @@ class SDVGPipeline(DiffusionPipeline):
         width: int,
         window_frames: int | None = None,
         past_weight: float = 1.0,
+        **passes: int,
     ) -> CausalWan | None:
         """Return `self.drafter` or `self.transformer` with its cache; the last one, if it fits."""
         transformer = getattr(self, part)
@@ -357,7 +461,7 @@ class SDVGPipeline(DiffusionPipeline):
                 raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
         # an offloaded model runs elsewhere than it lies; others run where the user has put them
         device = self._execution_device if hasattr(transformer, "_hf_hook") else None
-        key = (transformer, height, width, device, self._acceleration)
+        key = (transformer, height, width, device, self._acceleration, passes)
         known, model = self._models.get(part, (None, None))
         # a second pipeline may have taken a shared transformer over
         if known != key or not model.installed:
@@ -368,7 +472,7 @@ class SDVGPipeline(DiffusionPipeline):
                 transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
                 frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
                 window_frames=window_frames or self.config.window_frames,
-                past_weight=past_weight, device=device,
+                past_weight=past_weight, device=device, **passes,
             )  # fmt: skip
             if self._acceleration is not None:
                 model.accelerate(**self._acceleration)
@@ -383,6 +487,8 @@ class SDVGPipeline(DiffusionPipeline):
         if image is not None and video is not None:
             raise ValueError("pipeline: image and video must not both be given, got both")
         first = 1 + TIME * (self.config.frames_per_block - 1)
+        for name, media in (("image", image), ("video", video)):
+            require_pixels(name, media, (Tensor, np.ndarray, Image.Image, Sequence))
         if image is not None:
             pixels = self.video_processor.preprocess(image, height, width)
             pixels = pixels[:, :, None].expand(-1, -1, first, -1, -1)
@@ -402,32 +508,31 @@ class SDVGPipeline(DiffusionPipeline):
                 f"got {len(pixels)}"
             )
         dtype = self.vae.post_quant_conv.weight.dtype
-        latents = self.vae.encode(pixels.to(self._execution_device, dtype)).latent_dist.mode()
+        latents = self.vae.encode(pixels.to(self._device_of(self.vae), dtype)).latent_dist.mode()
         channels = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.vae.config.latents_mean).view(channels).to(latents)
         std = torch.tensor(self.vae.config.latents_std).view(channels).to(latents)
         return ((latents - mean) / std).transpose(1, 2).expand(batch, -1, -1, -1, -1)
 
 
-def _clean(text: object) -> object:
-    """Return a text without HTML escapes and repeated blanks, as Wan's prompts were cleaned."""
-    if not isinstance(text, str):
-        return text
-    return " ".join(html.unescape(html.unescape(text)).split())
+class Stream(Generation):
+    """The loop of `SDVGPipeline.stream`."""
+
+    def switch(self, prompt: str | Sequence[str], *, recache: str = "window") -> None:
+        """Follow another prompt, cleaned as a call does; see `Generation.switch`."""
+        super().switch(texts(prompt), recache=recache)
 
 
-def _seed(generator: torch.Generator | int | None) -> int:
-    if generator is None:
-        # from torch's own generator: `torch.manual_seed` fixes the video
-        return int(torch.randint(2**63 - 1, ()))
-    if isinstance(generator, torch.Generator):
-        return generator.initial_seed()
-    if not isinstance(generator, int):
-        raise TypeError(
-            "pipeline: generator must be one torch.Generator or a seed, "
-            f"got {type(generator).__name__}; videos of one call differ by their place"
-        )
-    return generator
+def _no_layerwise_offload(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"pipeline: {name} must not be called, a layer's weights are read outside of its own "
+        "forward; call enable_model_cpu_offload()"
+    )
+
+
+def _one_pass(commit: str | Recompute, block: int) -> dict[str, int]:
+    recomputes = isinstance(commit, Recompute)
+    return {"write_blocks": max(1, commit.frames // block)} if recomputes else {}
 
 
 def _name_of(scorer: object) -> str | None:

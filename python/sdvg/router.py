@@ -22,6 +22,8 @@ class Reward:
     needs_score = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tau, int | float):
+            raise TypeError(f"router: tau must be a number, got {self.tau!r}")
         if math.isnan(self.tau):
             raise ValueError("router: tau must be a number, got nan")
         if self.aggregate not in ("min", "mean"):

@@ -87,7 +87,10 @@ def engine(router: object = None, **options: object) -> SDVG:
         ({"scorer": None}, "scorer must be given for the router"),
         ({"decoder": None}, "decoder must turn latents to frames, got None"),
         ({"router": "reward"}, "router must be callable, got 'reward'; take one of sdvg.router"),
-        ({"commit": "sometimes"}, "commit must be 'lazy', 'eager' or Recompute"),
+        (
+            {"commit": "sometimes"},
+            "commit: must be lazy, eager or recompute:FRAMES, got 'sometimes'",
+        ),
         ({"drafter_cache": "shared"}, "drafter_cache must be 'own' or 'synced', got 'shared'"),
         ({"commit": Recompute(4)}, "Recompute must hold whole blocks of 3 frames, got 4"),
         ({"run_ahead": -1}, "run_ahead must be 0"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 pytest.importorskip("diffusers", reason="the pipeline is a diffusers class")
 pytest.importorskip("transformers", reason="the text encoder is a transformers class")
 
-from sdvg import SDVG, Always, Block, Never, Reward, SDVGPipeline, accelerate
+from sdvg import SDVG, Always, Block, Never, Recompute, Reward, SDVGPipeline, accelerate, preset
 from sdvg.models import embedded
 from sdvg.scorers.digits import DigitsReward
 
@@ -34,7 +37,7 @@ def test_the_pipeline_equals_the_loop_bitwise(pipe: SDVGPipeline) -> None:
     pair = embedded.load(decoder_dtype=torch.float32)
     loop = SDVG(*pair, router=Reward(-0.7)).generate([PROMPT], num_blocks=3, seed=5)
     made = torch.cat([block.frames for block in loop], 1)
-    out = pipe(PROMPT, num_blocks=3, generator=torch.Generator().manual_seed(5), output_type="pt")
+    out = pipe(PROMPT, num_blocks=3, generator=5, output_type="pt")
     assert torch.equal(out.frames, made)
     assert out.verdicts == loop.verdicts
     assert pipe.summary().blocks == out.stats.blocks == 3
@@ -167,6 +170,8 @@ def test_html_and_blanks_in_a_prompt_do_not_matter(pipe: SDVGPipeline) -> None:
         ({"prompt": ""}, "a prompt must not be empty"),
         ({"num_blocks": 0}, "num_blocks must be at least 1"),
         ({"schedule": "fast"}, "preset must be one of"),
+        ({"preview": "tiny"}, "preview must turn latents to frames, got 'tiny'"),
+        ({"generator": [1, 2]}, "seed must name one for each of 1 prompts, got 2"),
     ],
 )
 def test_a_wrong_argument_is_named_in_one_sentence(
@@ -177,8 +182,8 @@ def test_a_wrong_argument_is_named_in_one_sentence(
 
 
 def test_a_generator_of_another_type_and_an_early_summary_are_refused(pipe: SDVGPipeline) -> None:
-    with pytest.raises(TypeError, match=r"must be one torch\.Generator or a seed, got list"):
-        pipe(PROMPT, generator=[torch.Generator()])
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator, a seed, or one for each"):
+        pipe(PROMPT, generator="0")
     fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS)
     with pytest.raises(RuntimeError, match="summary must follow a video"):
         fresh.summary()
@@ -222,11 +227,40 @@ def test_without_a_generator_torchs_own_keys_the_noise(pipe: SDVGPipeline) -> No
     assert not torch.equal(frames(pipe, num_blocks=1, generator=None), made[0])
 
 
-@pytest.mark.parametrize("options", [{"height": 32.0}, {"prompt": None}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"height": 32.0}, "height must be an integer, got 32.0"),
+        ({"prompt": None}, "prompt must be a text or a list of texts, got None"),
+        ({"prompt": [7]}, "a prompt must be a text, got 7"),
+        (
+            {"image": "seven.png"},
+            r"image must be pixels, got .*load_image\('seven.png'\) reads them",
+        ),
+        ({"video": 3}, "video must be pixels, got 3"),
+        ({"tau": "high"}, "tau must be a number, got 'high'"),
+        ({"callback_on_block_end": 3}, "callback_on_block_end must be callable, got int"),
+        (
+            {"guidance_scale": 5.0},
+            "guidance_scale must not be given, got 5.0; the models are distil",
+        ),
+        ({"negative_prompt": "blur"}, "run without guidance: leave it out"),
+        (
+            {"num_frames": 81},
+            "give num_blocks=, 9 frames for the first block and 12 for each later",
+        ),
+        ({"num_inference_steps": 4}, "give schedule="),
+        (
+            {"windows": 3},
+            "windows must not be given, got 3; a call takes prompt, num_blocks, .*view$",
+        ),
+    ],
+    ids=str,
+)
 def test_a_wrong_type_is_named_in_one_sentence(
-    pipe: SDVGPipeline, options: dict[str, object]
+    pipe: SDVGPipeline, options: dict[str, object], text: str
 ) -> None:
-    with pytest.raises(TypeError, match="must be a"):
+    with pytest.raises(TypeError, match=text):
         pipe(**({"prompt": PROMPT} | options))
 
 
@@ -290,3 +324,160 @@ def test_half_precision_gives_nearly_the_same_video(pipe: SDVGPipeline, dtype: t
     half = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=dtype)
     half.set_progress_bar_config(disable=True)
     assert (frames(half) - frames(pipe)).abs().mean() < 0.01
+
+
+def test_a_generator_goes_on_from_call_to_call(pipe: SDVGPipeline) -> None:
+    """Its seed alone once keyed the noise: every call gave the same video."""
+    generator = torch.Generator().manual_seed(5)
+    first, second = (frames(pipe, num_blocks=1, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(frames(pipe, num_blocks=1, generator=generator.manual_seed(5)), first)
+
+
+def test_a_list_of_generators_gives_each_its_own_video(pipe: SDVGPipeline) -> None:
+    prompts = [PROMPT, "a two moving up"]
+    both = frames(pipe, prompts, generator=[8, torch.Generator().manual_seed(5)])
+    alone = [frames(pipe, prompts[0], generator=8)]
+    alone += [frames(pipe, prompts[1], generator=torch.Generator().manual_seed(5))]
+    assert (both - torch.cat(alone)).abs().max() < 1e-4
+
+
+def test_a_switch_takes_a_text_as_a_call_does(pipe: SDVGPipeline) -> None:
+    """A plain text was refused, and HTML went into the text encoder."""
+    made = []
+    for prompt in ("a&nbsp;two  moving up", ["a two moving up"]):
+        stream = pipe.stream(PROMPT, num_blocks=2, generator=3)
+        next(stream)
+        stream.switch(prompt)
+        made.append(next(stream).latents)
+    assert torch.equal(*made)
+
+
+def test_both_models_share_one_run_of_the_text_encoder(
+    pipe: SDVGPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    forward = pipe.text_encoder.forward
+    monkeypatch.setattr(
+        pipe.text_encoder, "forward", lambda **inputs: (runs.append(1), forward(**inputs))[1]
+    )
+    stream = pipe.stream(PROMPT, num_blocks=1, generator=3)
+    assert len(runs) == 1
+    stream.switch("a two moving up")
+    assert len(runs) == 2
+
+
+def test_parts_are_placed_and_their_inputs_follow(
+    pipe: SDVGPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: dict[str, object] = {}
+    for name in ("text_encoder", "drafter", "vae", "scorer"):
+        part = getattr(pipe, name)
+        monkeypatch.setattr(part, "to", lambda device, _n=name: moved.update({_n: device}))
+    assert pipe.place(drafter="cpu", scorer="cpu:0", vae="cpu") is pipe
+    assert moved == {"drafter": "cpu", "scorer": "cpu:0", "vae": "cpu"}
+    with pytest.raises(TypeError, match=r"place must name parts among .* got 'tokenizer'"):
+        pipe.place(tokenizer="cpu")
+    with pytest.raises(ValueError, match="vae must be placed on a device of this machine, got 'f"):
+        pipe.place(vae="far")
+    monkeypatch.setattr(pipe, "scorer", lambda frames, prompts: None)
+    with pytest.raises(ValueError, match="scorer must be a torch module to be placed"):
+        pipe.place(scorer="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parts_on_two_gpus_give_the_same_video() -> None:
+    made = []
+    for place in ({}, {"drafter": "cuda:1"}, dict.fromkeys(("text_encoder", "vae", "scorer"), 1)):
+        split = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32).to("cuda:0")
+        split.place(**{name: torch.device("cuda", 1) for name in place})
+        split.set_progress_bar_config(disable=True)
+        made.append(frames(split, num_blocks=4, run_ahead=2 if "drafter" in place else 0))
+    assert all((other - made[0]).abs().max() < 1e-3 for other in made[1:])
+
+
+@pytest.mark.parametrize("name", ["enable_sequential_cpu_offload", "enable_group_offload"])
+def test_offloading_layer_by_layer_is_refused(pipe: SDVGPipeline, name: str) -> None:
+    """It failed in the middle of the first block."""
+    with pytest.raises(NotImplementedError, match=rf"{name} must not be called.*model_cpu_offload"):
+        getattr(pipe, name)()
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_offloading_and_accelerating_go_in_any_order(
+    pipe: SDVGPipeline, offload_first: bool
+) -> None:
+    pytest.importorskip("accelerate", reason="offloading is accelerate's")
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    fresh.set_progress_bar_config(disable=True)
+    if offload_first:
+        fresh.enable_model_cpu_offload(device="cpu")
+    accelerate(fresh)
+    frames(fresh, num_blocks=1)
+    if not offload_first:
+        fresh.enable_model_cpu_offload(device="cpu")
+    assert (frames(fresh) - frames(pipe)).abs().max() < 1e-3
+    with pytest.raises(RuntimeError, match="vae must not be offloaded to be placed"):
+        fresh.place(vae="cpu")
+
+
+@pytest.mark.parametrize("recipe", ["self_forcing", "longlive", "krea"])
+def test_recipes_are_the_published_settings(
+    pipe: SDVGPipeline, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SDVGPipeline.from_checkpoints(
+        base=embedded.WEIGHTS, drafter=pipe.drafter, target=pipe.transformer, scorer=pipe.scorer,
+        dtype=torch.float32, recipe=recipe, height=32, width=32, max_sequence_length=24,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    kept = ("sink_frames", "window_frames", "past_weight", "schedule", "commit")
+    assert (
+        tuple(made.config[name] for name in kept)
+        == {
+            "self_forcing": (0, 21, 1.0, "self_forcing", "lazy"),
+            "longlive": (3, 9, 1.0, "self_forcing", "lazy"),
+            "krea": (0, 6, 0.3, "krea", "recompute:3"),
+        }[recipe]
+    )
+    by_hand = {
+        "commit": Recompute(3) if recipe == "krea" else "lazy",
+        "schedule": preset(made.config.schedule),
+    }
+    same = [frames(made, num_blocks=4, **options) for options in ({}, by_hand)]
+    assert torch.equal(*same)
+    if recipe == "krea":
+        # three frames of context and the block: nothing more is kept
+        assert made._models["transformer"][1].cache.k.shape[2] == 6 * 4
+
+
+def test_a_wrong_recipe_or_setting_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match="recipe must be one of self_forcing, longlive, krea"):
+        SDVGPipeline.from_checkpoints(base="nowhere", recipe="crea")
+    with pytest.raises(TypeError, match="windows must be a setting of the pipeline"):
+        SDVGPipeline.from_checkpoints(base="nowhere", windows=3)
+
+
+def test_an_interrupted_call_leaves_the_pipeline_whole(pipe: SDVGPipeline) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    mine = frames(pipe)
+    with pytest.raises(KeyboardInterrupt):
+        frames(pipe, callback_on_block_end=interrupt)
+    assert torch.equal(frames(pipe), mine)
+
+
+def test_a_copied_pipeline_runs_apart(pipe: SDVGPipeline) -> None:
+    mine = frames(pipe)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert torch.equal(frames(other), mine)
+        assert other._models["transformer"][1].transformer is other.transformer
+    assert torch.equal(frames(pipe), mine)
+
+
+def test_a_summary_prints_as_a_sentence(pipe: SDVGPipeline) -> None:
+    frames(pipe)
+    first, second = str(pipe.summary()).splitlines()
+    assert re.match(r"21 frames in [\d.]+ s \([\d.]+ frames/s\), \d+% of the drafts kept", first)
+    assert second.startswith("stages: ")
