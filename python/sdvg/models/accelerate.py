@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sdvg.models.linear import fuse_projections, fused_here, projected
 from sdvg_kernels import (
     gated_residual,
     gated_residual_layer_norm,
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from sdvg.models.wan import CausalWan
 
 _Model = TypeVar("_Model")
-_LOG = logging.getLogger("sdvg")
-# the largest finite float8_e4m3fn
-_E4M3_MAX = 448.0
 
 
 def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Model:
@@ -43,13 +38,19 @@ def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Mo
         fp8: compute the blocks' linear layers in e4m3, with a scale for each row of the input and
             of the weight (for the target: lossy, and half the weights' memory).
 
-    Raises TypeError for anything else.
+    Raises:
+        TypeError: it is anything else.
+        NotImplementedError: `fp8` on a GPU without e4m3 products (before compute capability 8.9).
+        ValueError: weights that are offloaded layer by layer.
     """
     if hasattr(model, "accelerate"):
         model.accelerate(graphs=graphs, fp8=fp8)
     elif hasattr(model, "drafter") and hasattr(model, "target"):
         model.drafter.accelerate(graphs=graphs, fp8=fp8)
         model.target.accelerate(graphs=graphs, fp8=fp8)
+        decoder = getattr(model, "decoder", None)
+        if hasattr(decoder, "accelerate"):
+            decoder.accelerate(graphs=graphs)
     else:
         raise TypeError(
             "accelerate: model must be a CausalWan, a pair or an SDVGPipeline, "
@@ -61,7 +62,7 @@ def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Mo
 def fuse(model: CausalWan) -> None:
     """Run `model`'s blocks on the fused ops; its weights, names and interface stay.
 
-    - Query, key and value are one product, whose weight the three projections become views of.
+    - Query, key and value are one product; so are key and value of the prompt.
     - QK-norm, RoPE and the write into the ring are one kernel (`norm_rope_stage_`).
     - Modulation, gates, residuals and norms are one pass each, across the border of two blocks too.
 
@@ -72,7 +73,8 @@ def fuse(model: CausalWan) -> None:
         return
     blocks = list(transformer.blocks)
     for block in blocks:
-        _fuse(block.attn1)
+        for attn in (block.attn1, block.attn2):
+            fuse_projections(attn)
     model.rope_table = RopeTable(model)
     processors = dict(transformer.attn_processors)
     for layer in range(len(blocks)):
@@ -84,32 +86,19 @@ def fuse(model: CausalWan) -> None:
         block.forward = partial(_forward, block, following, stream)
 
 
-def _fuse(attn: nn.Module) -> None:
-    """Fuse the projections of self-attention without a second copy of their weights."""
-    if getattr(attn, "fused_projections", False):
-        return
-    attn.fuse_projections()
-    weights, biases = attn.to_qkv.weight.data.chunk(3), attn.to_qkv.bias.data.chunk(3)
-    for linear, weight, bias in zip(
-        (attn.to_q, attn.to_k, attn.to_v), weights, biases, strict=True
-    ):
-        linear.weight.data, linear.bias.data = weight, bias
-    # files keep the names that the stock model reads
-    attn.register_state_dict_post_hook(_separate)
-    attn.register_load_state_dict_pre_hook(_join)
+def restore(transformer: nn.Module) -> None:
+    """Undo `fuse` on the blocks of `transformer`: stock forwards and projections.
 
-
-def _separate(attn: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    if hasattr(attn, "to_q"):
-        for part in ("weight", "bias"):
-            state.pop(f"{prefix}to_qkv.{part}", None)
-
-
-def _join(attn: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    for part in ("weight", "bias"):
-        separate = [state.get(f"{prefix}to_{name}.{part}") for name in "qkv"]
-        if all(value is not None for value in separate):
-            state.setdefault(f"{prefix}to_qkv.{part}", torch.cat(separate))
+    What is in e4m3 stays so.
+    """
+    for block in transformer.blocks:
+        forward = block.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            del block.forward
+        for attn in (block.attn1, block.attn2):
+            fused = getattr(attn, "to_kv" if attn.is_cross_attention else "to_qkv", None)
+            if fused_here(attn) and isinstance(fused, nn.Linear):
+                attn.unfuse_projections()
 
 
 class _NoRope(nn.Module):
@@ -155,9 +144,8 @@ class _FusedSelfAttention:
         rotary_emb: None = None,
     ) -> Tensor:
         cache, running = self.model.cache, self.model.running
-        heads = (attn.heads, -1)
         query, key, value = (
-            part.unflatten(2, heads) for part in attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            part.unflatten(2, (attn.heads, -1)) for part in projected(attn, hidden_states)
         )
         grid = self.model.grid(hidden_states.shape[1])
         table = self.model.rope_table.reserve(max(running.start_frame + grid[0], *grid))
@@ -225,164 +213,3 @@ def _forward(
 def _modulation(block: nn.Module, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the six modulations of a block as (rows `[B, F, C]`, table `[C]`), never added."""
     return list(zip(rows.unbind(2), block.scale_shift_table[0], strict=True))
-
-
-class Graphs:
-    """Replays `CausalWan.forward` from CUDA graphs, one for each shape of a pass.
-
-    What changes between passes of one shape lies in buffers that stay: the latents, the timestep's
-    embedding, the sequences' indices, and in the model itself the cache with its lengths and the
-    prompt's keys. Positions are read from the lengths on the device.
-    """
-
-    def __init__(self, model: CausalWan) -> None:
-        self.model = model
-        self._graphs: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Tensor]]] = {}
-        # the cache and the table that they were captured with
-        self._stamp: tuple[Tensor, ...] = ()
-        # of the weights and of the prompt's keys
-        self._addresses: tuple[int, ...] = ()
-        self._pool: object = None
-        # one for all captures: freed memory of a pool serves only the stream that it came from
-        self._stream: torch.cuda.Stream | None = None
-
-    def start(self) -> None:
-        """Begin a video: drop what was captured if weights or the prompt's keys lie elsewhere."""
-        transformer = self.model.transformer
-        tensors = [*transformer.parameters(), *transformer.buffers()]
-        for block in transformer.blocks:
-            tensors += [block.attn2.processor.key, block.attn2.processor.value]
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        if self._addresses != addresses:
-            self._drop()
-            self._addresses = addresses
-
-    def _drop(self) -> None:
-        # a pool whose graphs are gone takes no new ones
-        self._graphs, self._stamp, self._pool = {}, (), None
-
-    def __call__(
-        self,
-        start_frame: int,
-        hidden: Tensor,
-        embedded: tuple[Tensor, Tensor],
-        rows: Tensor | None,
-    ) -> Tensor:
-        """Return what `model.forward` does; the next call overwrites it."""
-        reason = self._reason(hidden)
-        if reason:
-            _warn_once(reason)
-            return self.model.forward(start_frame, hidden, embedded, rows)
-        table = self.model.rope_table.reserve(start_frame + hidden.shape[2])
-        stamp = (self.model.cache.k, table)
-        if len(self._stamp) != 2 or any(
-            a is not b for a, b in zip(self._stamp, stamp, strict=True)
-        ):
-            # the graphs hold the addresses of tensors that are gone
-            self._drop()
-            self._stamp = stamp
-        inputs = [hidden, *embedded] + ([] if rows is None else [rows])
-        key = (tuple(hidden.shape), len(inputs))
-        if key not in self._graphs:
-            buffers = [tensor.clone() for tensor in inputs]
-
-            def forward() -> Tensor:
-                latents, embedding, modulation, *index = buffers
-                index = index[0] if index else None
-                return self.model.forward(start_frame, latents, (embedding, modulation), index)
-
-            self._graphs[key] = buffers, self._capture(forward)
-        buffers, replay = self._graphs[key]
-        for buffer, tensor in zip(buffers, inputs, strict=True):
-            buffer.copy_(tensor)
-        return replay()
-
-    def _reason(self, hidden: Tensor) -> str:
-        """Return why a pass cannot be captured, or ""."""
-        if hidden.device.type != "cuda":
-            return f"CUDA graphs need a GPU, and the model is on {hidden.device.type}"
-        if hasattr(self.model.transformer, "_hf_hook"):
-            return "CUDA graphs need weights that stay on the GPU, and accelerate offloads them"
-        return ""
-
-    def _capture(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run `forward` until nothing is made for the first time, capture it, return the replay."""
-        device = self.model.device
-        self._stream = stream = self._stream or torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                forward()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            out = forward()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return out
-
-        return replay
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    _LOG.warning("accelerate: passes are launched one by one: %s", reason)
-
-
-class Fp8Linear(nn.Module):
-    """`nn.Linear` in e4m3: `x` and the weight are scaled row by row to the format's range.
-
-    Args:
-        linear: the layer that it stands for; its bias stays as it is.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = _rowwise(linear.weight.data)
-        self.register_buffer("weight", weight)
-        # [1, out]
-        self.register_buffer("scale", scale.T.contiguous())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x [..., in] @ weight.T + bias` in x's dtype."""
-        rows, scale = _rowwise(x.flatten(0, -2))
-        out = torch._scaled_mm(
-            rows, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16
-        )
-        out = out.to(x.dtype)
-        if self.bias is not None:
-            out = out + self.bias
-        return out.unflatten(0, x.shape[:-1])
-
-
-def _rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `x [N, K]` in e4m3 and its scales `[N, 1]` float32."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp_min(2.0**-100) / _E4M3_MAX
-    return (x / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
-
-
-def quantise(transformer: nn.Module) -> int:
-    """Put the blocks' linear layers, fused already, into e4m3; return how many.
-
-    The first and the last layers, the embeddings and the modulation stay as they are, and so do
-    widths that the product cannot take (multiples of 16 it can).
-    """
-    count = 0
-    for block in transformer.blocks:
-        if not hasattr(block.attn1, "to_q"):
-            continue
-        for part in ("to_q", "to_k", "to_v"):
-            # views of the fused weight, which would keep it alive
-            delattr(block.attn1, part)
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if not isinstance(child, nn.Linear):
-                    continue
-                if child.in_features % 16 == 0 and child.out_features % 16 == 0:
-                    setattr(module, name, Fp8Linear(child))
-                    count += 1
-    return count

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sdvg.cache import KVCache
-from sdvg.models.accelerate import Graphs, RopeTable, fuse, quantise
+from sdvg.models.accelerate import RopeTable, fuse, restore
+from sdvg.models.graphs import Graphs
+from sdvg.models.linear import projected, quantise, require_e4m3
 from sdvg_kernels import KeyBias
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class Pass(NamedTuple):
     rows: Tensor | None
     # int32 [b] committed and staged tokens
     seqlens: Tensor
-    # the timestep's embedding [b, dim] and its modulation [b, 6 dim]
-    embedded: tuple[Tensor, Tensor]
+    # the timestep's embedding [b, dim], its modulation [b, 6 dim], and its sigma [1] float64
+    embedded: tuple[Tensor, Tensor, Tensor]
 
 
 class CausalWan:
@@ -106,8 +108,8 @@ class CausalWan:
         # replays captured forwards, where `accelerate(graphs=True)` asked for it
         self.graphs: Graphs | None = None
         self.rope_table: RopeTable | None = None
-        # (timestep, batch) -> its embedding and its modulation
-        self._embedded: dict[tuple[float, int], tuple[Tensor, Tensor]] = {}
+        # (timestep, sigma, batch) -> its embedding, its modulation and its sigma
+        self._embedded: dict[tuple[float, float, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._install()
 
     @property
@@ -127,6 +129,8 @@ class CausalWan:
 
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> CausalWan:
         """Run the blocks on the fused ops from now on; see `sdvg.accelerate`. Returns self."""
+        if fp8:
+            require_e4m3(self.device)
         fuse(self)
         if fp8:
             quantise(self.transformer)
@@ -135,8 +139,17 @@ class CausalWan:
         return self
 
     def release(self) -> None:
-        """Let go of the cache and of captured graphs, gigabytes of the device's memory."""
-        self.cache = self.graphs = None
+        """Let go of the cache, the prompt's keys and captured graphs: gigabytes of the device.
+
+        The next `start` makes them anew.
+        """
+        self.cache = self.running = None
+        self._embedded.clear()
+        if self.graphs is not None:
+            self.graphs.release()
+        if self.installed:
+            for block in self.transformer.blocks:
+                block.attn2.processor.release()
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Return (frames, height, width) of a pass over `tokens` tokens."""
@@ -193,10 +206,7 @@ class CausalWan:
         sigma: float | None = None,
     ) -> Tensor:
         """Predict clean latents from noisy ones: `x_0 = x_t - sigma * v`, in float32 or wider."""
-        velocity = self._forward(latents, timestep, start_frame, rows)
-        wide = torch.promote_types(latents.dtype, torch.float32)
-        sigma = timestep / 1000 if sigma is None else sigma
-        return (latents.to(wide) - sigma * velocity.to(wide)).to(latents.dtype)
+        return self._forward(latents, timestep, start_frame, rows, sigma)
 
     def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
         """The clean pass: forward at timestep 0 and commit, `write_blocks` blocks at a time."""
@@ -222,7 +232,12 @@ class CausalWan:
 
     @torch.no_grad()
     def _forward(
-        self, latents: Tensor, timestep: float, start_frame: int, rows: Tensor | None
+        self,
+        latents: Tensor,
+        timestep: float,
+        start_frame: int,
+        rows: Tensor | None,
+        sigma: float | None = None,
     ) -> Tensor:
         self._require_installed()
         end = start_frame + latents.shape[1]
@@ -233,19 +248,18 @@ class CausalWan:
             )
         self.cache.seek(start_frame * self.frame_tokens, rows)
         index = None if rows is None else rows.int()
-        hidden = latents.transpose(1, 2).to(self.dtype)
         forward = self.forward if self.graphs is None else self.graphs
-        velocity = forward(start_frame, hidden, self._embed(timestep, hidden), index)
-        return velocity.transpose(1, 2)
+        return forward(start_frame, latents, self._embed(timestep, len(latents), sigma), index)
 
     def forward(
         self,
         start_frame: int,
-        hidden: Tensor,
-        embedded: tuple[Tensor, Tensor],
+        latents: Tensor,
+        embedded: tuple[Tensor, Tensor, Tensor],
         rows: Tensor | None,
     ) -> Tensor:
-        """Return the velocity `[b, C, F, h, w]` of `hidden`, staged behind what is committed."""
+        """Return `latents [b, F, C, h, w]` made clean, their keys staged behind the committed."""
+        hidden = latents.transpose(1, 2).to(self.dtype)
         lengths = self.cache.lengths
         lengths = lengths if rows is None else lengths.index_select(0, rows)
         seqlens = lengths + hidden.shape[2] * self.frame_tokens
@@ -254,9 +268,14 @@ class CausalWan:
         steps = hidden.new_zeros(len(hidden))
         text = hidden.new_empty((len(hidden), 0, self.transformer.config.text_dim))
         (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
-        return velocity
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        step = embedded[2].to(wide) * velocity.transpose(1, 2).to(wide)
+        return (latents.to(wide) - step).to(latents.dtype)
 
     def _install(self) -> None:
+        """Put the eager processors on a stock transformer; one that was accelerated is undone."""
+        restore(self.transformer)
+        self.graphs = None
         processors: dict[str, object] = {}
         for layer in range(len(self.transformer.blocks)):
             processors[f"blocks.{layer}.attn1.processor"] = _SelfAttention(self, layer)
@@ -270,16 +289,21 @@ class CausalWan:
         self, timestep: Tensor, text: Tensor, *rest: object, **options: object
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return what the running pass says of its timestep."""
-        return *self.running.embedded, text, None
+        return *self.running.embedded[:2], text, None
 
-    def _embed(self, timestep: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embedding and modulation of the timestep, of which a schedule has only a few."""
-        key = (timestep, len(hidden))
+    def _embed(
+        self, timestep: float, batch: int, sigma: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is known of the timestep, of which a schedule has only a few."""
+        level = timestep / 1000 if sigma is None else sigma
+        key = (timestep, level, batch)
         if key not in self._embedded:
-            embedder = self.transformer.condition_embedder
-            steps = torch.full((len(hidden),), timestep, device=self.device)
-            text = hidden.new_empty((len(hidden), 0, self.transformer.config.text_dim))
-            self._embedded[key] = type(embedder).forward(embedder, steps, text)[:2]
+            embedder, device = self.transformer.condition_embedder, self.device
+            steps = torch.full((batch,), timestep, device=device)
+            shape = (batch, 0, self.transformer.config.text_dim)
+            text = torch.empty(shape, dtype=self.dtype, device=device)
+            sigmas = torch.full((1,), level, dtype=torch.float64, device=device)
+            self._embedded[key] = (*type(embedder).forward(embedder, steps, text)[:2], sigmas)
         return self._embedded[key]
 
 
@@ -360,12 +384,7 @@ class _SelfAttention:
         attention_mask: None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if getattr(attn, "fused_projections", False):
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = (
-                project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
-            )
+        query, key, value = projected(attn, hidden_states)
         query = _rotate(attn.norm_q(query).unflatten(2, (attn.heads, -1)), *rotary_emb)
         key = _rotate(attn.norm_k(key).unflatten(2, (attn.heads, -1)), *rotary_emb)
         value = value.unflatten(2, (attn.heads, -1))
@@ -388,10 +407,7 @@ class _CrossAttention:
 
     def start(self, attn: nn.Module, text: Tensor) -> None:
         """Project the embedded prompts `[B, L, dim]`."""
-        if getattr(attn, "fused_projections", False):
-            key, value = attn.to_kv(text).chunk(2, dim=-1)
-        else:
-            key, value = attn.to_k(text), attn.to_v(text)
+        key, value = projected(attn, text)
         heads = (attn.heads, -1)
         # [B, H, L, D]
         made = attn.norm_k(key).unflatten(2, heads).transpose(1, 2)
@@ -400,6 +416,10 @@ class _CrossAttention:
         # in place: captured graphs hold the addresses
         self.key = self.key.to(made.device).copy_(made)
         self.value = self.value.to(made.device).copy_(value.unflatten(2, heads).transpose(1, 2))
+
+    def release(self) -> None:
+        """Let go of the prompt's keys and values."""
+        self.key = self.value = None
 
     def __call__(
         self,
