@@ -29,7 +29,7 @@ from sdvg.commit import Recompute, policy
 from sdvg.engine import SDVG, Generation
 from sdvg.host import device_of, is_there
 from sdvg.models.checkpoints import load_transformer
-from sdvg.models.accelerate import Fp8Linear
+from sdvg.models.linear import Fp8Linear
 from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
 from sdvg.recipes import recipe as settings_of
