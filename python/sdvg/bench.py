@@ -6,7 +6,7 @@ every draft is still decoded and scored. Variants, in the order in which they ar
     original  the way the original repositories run: complex128 RoPE, a cache that is cloned and
               shifted, indices read back in every layer, dense attention over the cache
     eager     the ring cache and its kernels on diffusers' blocks
-    fused     `accelerate`: the blocks on the fused ops
+    fused     `accelerate`: the blocks and the decoder on the fused ops
     graphs    the same, replayed from CUDA graphs
     fp8       the same, with the target's linear layers in e4m3
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from sdvg.engine import SDVG
-from sdvg.types import CausalModel, Decoder, Draft, Scorer
+from sdvg.models.vae import StreamingVAE
+from sdvg.types import CausalModel, Draft, Scorer
 
 VARIANTS = ("original", "eager", "fused", "graphs", "fp8")
 ACCEPTANCES = (0.0, 0.731, 0.889, 1.0)
@@ -68,7 +69,7 @@ class Parts(NamedTuple):
 
     drafter: CausalModel
     target: CausalModel
-    decoder: Decoder
+    decoder: StreamingVAE
     scorer: Scorer
 
 
@@ -128,6 +129,10 @@ def _turn_into(variant: str, parts: Parts) -> None:
             model.accelerate(
                 graphs=variant in ("graphs", "fp8"), fp8=variant == "fp8" and model is parts.target
             )
+    if variant in ("original", "eager"):
+        parts.decoder._install()
+    else:
+        parts.decoder.accelerate(graphs=variant in ("graphs", "fp8"))
 
 
 def _run(
@@ -199,7 +204,6 @@ def random_wan(
     a GPU; a random autoencoder of Wan's size with them, and a scorer that is next to nothing."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    from sdvg.models.vae import StreamingVAE
     from sdvg.models.wan import CausalWan
 
     sizes = {

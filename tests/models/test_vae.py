@@ -322,7 +322,15 @@ def test_a_capture_that_fails_is_said_and_launched(
     got, _ = streamed(replayed, latents(6))
     assert torch.equal(got, streamed(fused(), latents(6))[0])
     (said,) = caplog.messages
-    assert said.endswith("one by one: the capture failed: operation not permitted")
+    assert said.endswith("one by one: the capture failed: RuntimeError: operation not permitted")
+
+
+def test_install_goes_back_to_diffusers_own(replayed: StreamingVAE) -> None:
+    streamed(replayed, latents(6))
+    replayed._install()
+    assert torch.equal(
+        streamed(replayed, latents(6))[0], streamed(StreamingVAE(stock()), latents(6))[0]
+    )
 
 
 def test_release_lets_go_of_the_graphs(replayed: StreamingVAE) -> None:

@@ -87,9 +87,17 @@ class StreamingVAE:
             except NotImplementedError as reason:
                 _LOG.warning("accelerate: diffusers' own forward decodes: %s", reason)
                 return self
-        if graphs and self._graphs is None:
+        if not graphs:
+            self.release()
+        elif self._graphs is None:
             self._graphs = DecoderGraphs(self._forward, self.vae.parameters)
         return self
+
+    def _install(self) -> None:
+        """Decode by diffusers' own forward, as before `accelerate`; for videos that begin then."""
+        if self._fused is not None:
+            self._fused.undo()
+        self._fused = self._graphs = None
 
     def release(self) -> None:
         """Let go of captured graphs, gigabytes of the device's memory; decode without them."""

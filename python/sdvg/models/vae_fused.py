@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
@@ -55,11 +56,17 @@ class FusedDecoder:
         if unknown := _unknown(decoder):
             raise NotImplementedError(f"vae: a decoder with {unknown} has no fused forward")
         self.decoder = decoder
-        layouts = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
-        for module in decoder.modules():
-            for kind, layout in layouts.items():
-                if isinstance(module, kind):
-                    module.weight.data = module.weight.data.contiguous(memory_format=layout)
+        self._lay_out(torch.channels_last, torch.channels_last_3d)
+
+    def undo(self) -> None:
+        """Give the weights back the layout that diffusers makes them in."""
+        self._lay_out(torch.contiguous_format, torch.contiguous_format)
+
+    def _lay_out(self, images: torch.memory_format, videos: torch.memory_format) -> None:
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                layout = images if isinstance(module, nn.Conv2d) else videos
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     def __call__(
         self,
@@ -373,7 +380,10 @@ class DecoderGraphs:
         except RuntimeError as error:
             # a pool that a capture has failed in is not used again, nor are its graphs
             self._drop()
-            return "the capture failed: " + next(iter(str(error).splitlines()), "")
+            cause: BaseException = error
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            return f"the capture failed: {type(cause).__name__}: {cause}".splitlines()[0]
         return _Captured(fixed, frames, replay)
 
     def _warm_up(
@@ -381,27 +391,39 @@ class DecoderGraphs:
     ) -> tuple[Feature, ...]:
         """Run until nothing is made for the first time; return the features."""
         device = latents.device
-        self._stream = stream = self._stream or torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                _, after = self._forward(latents, features, first, None)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        # another GPU may be the current one
+        with torch.cuda.device(device):
+            before = torch.cuda.current_stream()
+            self._stream = stream = self._stream or torch.cuda.Stream()
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    _, after = self._forward(latents, features, first, None)
+            before.wait_stream(stream)
         return after
 
     def _record(
         self, forward: Callable[[], Tensor], device: torch.device
     ) -> tuple[Tensor, Callable[[], None]]:
         """Capture `forward`; return what it returned, and what runs it again."""
-        # the graph's memory is a pool of its own: give back what the runs before it took
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
-        ):
-            frames = forward()
+        with torch.cuda.device(device):
+            # the graph's memory is a pool of its own: give back what the runs before it took
+            torch.cuda.empty_cache()
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                # other threads may allocate meanwhile
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    frames = forward()
+            except RuntimeError:
+                # a broken capture leaves its stream current and the allocator in its pool
+                torch.cuda.set_stream(before)
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
+                    torch._C._cuda_releasePool(before.device_index, self._pool)
+                raise
         return frames, graph.replay
 
 
