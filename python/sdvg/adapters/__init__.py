@@ -4,6 +4,6 @@ from sdvg.adapters.diffusers_backend import (
     register_attention_backend,
     unregister_attention_backend,
 )
-from sdvg.adapters.self_forcing import patch, unpatch
+from sdvg.adapters.patch import patch, unpatch
 
 __all__ = ["patch", "register_attention_backend", "unpatch", "unregister_attention_backend"]
