@@ -35,7 +35,8 @@ class Graphs:
         # of the weights and of the prompt's keys
         self._addresses: tuple[int, ...] = ()
         self._pool: tuple[int, int] | None = None
-        # one for all captures: freed memory of a pool serves only the stream that it came from
+        # one for all captures: freed memory of a pool serves only the stream that it came from, and
+        # cuBLAS keeps a workspace for each stream that it has seen
         self._stream: torch.cuda.Stream | None = None
         # why a capture failed; another one of this model would too
         self._failure = ""
@@ -54,7 +55,7 @@ class Graphs:
     def release(self) -> None:
         """Let go of all captures and their memory; passes to come are captured anew."""
         self._drop()
-        self._addresses, self._stream, self._failure = (), None, ""
+        self._addresses, self._failure = (), ""
 
     def _drop(self) -> None:
         # a pool whose graphs are gone takes no new ones
