@@ -1,0 +1,453 @@
+"""The diagonal loop against loops that know nothing of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdvg.models.tokens import LlamaSizes, TokenLlama
+from sdvg.tokens import DiagonalDecoder, Frame, Layout, Sampling
+from sdvg_kernels import diagonal_schedule, sample_tokens
+
+SIZES = LlamaSizes(2, 32, 4, 2, 16, 48, 41)
+# 30 codes from 5 on, 2 action tokens between frames
+LAYOUT = Layout(3, 4, 30, first=5, extra=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> TokenLlama:
+    return random_model()
+
+
+def random_model(sizes: LlamaSizes = SIZES, seed: int = 3) -> TokenLlama:
+    torch.manual_seed(seed)
+    made = TokenLlama(sizes).double()
+    # weights so large that what a token sees decides what comes next
+    for layer in made.layers:
+        layer.qkv.weight.data *= 3
+        layer.out.weight.data *= 3
+        layer.down.weight.data *= 3
+    made.head.weight.data *= 20
+    return made.eval().requires_grad_(False)
+
+
+def random_ids(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(SIZES.vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def next_logits(model: TokenLlama, ids: Tensor) -> Tensor:
+    """Return the logits after `ids [B, L]`, without a cache to go wrong."""
+    cache = model.new_cache(len(ids), ids.shape[1])
+    model.prefill(ids[:, :-1], cache)
+    slots = torch.full((len(ids), 1), ids.shape[1] - 1, dtype=torch.int32)
+    grid = diagonal_schedule(1, 1, 1, 1, prefix=1000).grid
+    return model(ids[:, -1:], slots, torch.zeros_like(slots), grid, cache)[:, 0]
+
+
+def raster(
+    model: TokenLlama,
+    prompts: Tensor,
+    frames: int,
+    layout: Layout,
+    actions: Tensor | None,
+    sampling: Sampling,
+    seed: int = 0,
+    uncond: Tensor | None = None,
+) -> Tensor:
+    """Return codes [B, frames, h, w], each from a whole forward over all ids before it."""
+    batch, made = len(prompts), []
+    every = [prompts] if uncond is None else [prompts, uncond]
+    ids = torch.cat(every)
+    for frame in range(frames):
+        if frame and layout.extra:
+            ids = torch.cat((ids, actions[:, frame - 1].repeat(len(every), 1)), 1)
+        for place in range(layout.height * layout.width):
+            logits = next_logits(model, ids)[:, layout.first : layout.first + layout.codes]
+            code = sample_tokens(
+                logits[:batch],
+                uncond=None if uncond is None else logits[batch:],
+                seeds=torch.full((batch,), seed),
+                sequences=torch.arange(batch),
+                positions=torch.full((batch,), frame * layout.height * layout.width + place),
+                guidance=sampling.guidance,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            )
+            made.append(code)
+            ids = torch.cat((ids, (code + layout.first).repeat(len(every))[:, None]), 1)
+            if layout.eol is not None and place % layout.width == layout.width - 1:
+                ids = torch.cat((ids, torch.full_like(ids[:, :1], layout.eol)), 1)
+    return torch.stack(made, 1).view(batch, frames, layout.height, layout.width)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=0.9, top_k=12, top_p=0.9),
+        Sampling(guidance=2.5),
+    ],
+)
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(3, 4, 30), Layout(2, 3, 20, eol=40)])
+def test_k_of_the_width_is_raster_decoding(
+    model: TokenLlama, layout: Layout, sampling: Sampling
+) -> None:
+    prompts, actions = random_ids(2, 5), random_ids(2, 2, layout.extra)
+    uncond = random_ids(2, 5, seed=9) if sampling.guidance != 1 else None
+    expected = raster(model, prompts, 3, layout, actions, sampling, 7, uncond)
+    for mode in ("raster", "spatial", "spatiotemporal"):
+        k = None if mode == "raster" else layout.width
+        decoder = DiagonalDecoder(model, layout, k=k, mode=mode, sampling=sampling)
+        run = decoder.generate(prompts, frames=3, uncond=uncond, actions=actions, seed=7)
+        found = list(run)
+        assert [frame.index for frame in found] == [0, 1, 2]
+        assert all(frame.rows == (0, 1) for frame in found)
+        assert torch.equal(torch.stack([frame.codes for frame in found], 1), expected)
+        assert torch.equal(run.codes, expected)
+        assert run.passes == decoder.passes(3) == 3 * layout.height * layout.width
+
+
+def by_the_rule(
+    model: TokenLlama, prompts: Tensor, frames: int, layout: Layout, actions: Tensor, **how: object
+) -> Tensor:
+    """Decode by what each token may see alone: a whole forward for each token, under a mask.
+
+    Keys are the true tokens of what is decoded; a row's start is a stand-in that only it sees.
+    """
+    plan = diagonal_schedule(
+        frames, layout.height, layout.width, prefix=prompts.shape[1], extra=layout.extra, **how
+    )
+    grid, size = plan.grid, plan.size
+    ids = torch.zeros(len(prompts), size, dtype=torch.int64)
+    ids[:, : prompts.shape[1]] = prompts
+    step = torch.full((size,), -1)
+    fed_in = torch.zeros(size, dtype=torch.int64)
+    for frame in range(frames):
+        for row in range(layout.height):
+            for column in range(layout.width):
+                slot = grid.slot(frame, row, column)
+                step[slot] = grid.start(frame, row) + column
+                fed_in[slot] = step[slot] + 1
+        if frame:
+            start = grid.slot(frame, 0, 0)
+            ids[:, start - layout.extra : start] = actions[:, frame - 1]
+            fed_in[start - layout.extra : start] = grid.start(frame, 0)
+    for place, (outputs, sources) in enumerate(zip(plan.outputs, plan.sources, strict=True)):
+        for output, source in zip(outputs.tolist(), sources.tolist(), strict=True):
+            if output < 0:
+                continue
+            # what came before this pass, in raster order, and the token that is fed
+            seen = ((step < place) & (torch.arange(size) < output - 1)).nonzero()[:, 0]
+            slots = torch.cat((seen, torch.tensor([output - 1])))
+            fed = torch.cat((ids[:, seen], ids[:, source : source + 1]), 1)
+            logits = _forward(model, fed, slots, step, fed_in[slots], place)
+            logits = logits[:, layout.first : layout.first + layout.codes]
+            ids[:, output] = logits.argmax(1) + layout.first
+    frames_ids = [
+        ids[:, grid.slot(frame, 0, 0) :][:, : layout.height * layout.width]
+        for frame in range(frames)
+    ]
+    return torch.stack(frames_ids, 1).unflatten(2, (layout.height, layout.width)) - layout.first
+
+
+def _forward(
+    model: TokenLlama, ids: Tensor, slots: Tensor, step: Tensor, fed_in: Tensor, place: int
+) -> Tensor:
+    """Return the last token's logits in pass `place`: each of `ids` sees by the pass it is fed in.
+
+    A token is fed for good in the pass after the one that gave it: as input, or as a fill.
+    """
+    fed_in = torch.cat((fed_in[:-1], torch.tensor([place])))
+    sees = (slots <= slots[:, None]) & (step[slots] < fed_in[:, None])
+    sees |= torch.eye(len(slots), dtype=torch.bool)
+    model.new_cache(len(ids), int(slots.max()) + 1)
+    x = model.embedding(ids)
+    cos, sin = (part[slots] for part in model._table())
+    for layer in model.layers:
+        query, key, value = layer.project(x, (cos, sin))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (query, key, value)),
+            attn_mask=sees,
+            enable_gqa=True,
+        )
+        x = layer.feed(x, out.transpose(1, 2))
+    x = torch.nn.functional.rms_norm(x, x.shape[-1:], model.norm, model.sizes.eps)
+    return model.head(x[:, -1])
+
+
+@pytest.mark.parametrize("mode", ["spatial", "spatiotemporal", "zipar"])
+@pytest.mark.parametrize("row_start", ["newest", "above"])
+def test_each_token_sees_what_the_rule_says(mode: str, row_start: str, model: TokenLlama) -> None:
+    prompts, actions = random_ids(2, 3), random_ids(2, 1, 2)
+    for k in (1, 2, 3):
+        how = {"k": k, "mode": mode, "row_start": row_start}
+        decoder = DiagonalDecoder(model, LAYOUT, **how, sampling=Sampling(temperature=0))
+        run = decoder.generate(prompts, frames=2, actions=actions)
+        list(run)
+        assert torch.equal(run.codes, by_the_rule(model, prompts, 2, LAYOUT, actions, **how))
+        grid = decoder.grid(3)
+        assert run.passes == grid.passes(2)
+
+
+def test_the_cache_ends_as_raster_decoding_of_the_same_tokens_would_leave_it(
+    model: TokenLlama,
+) -> None:
+    # the K/V of the first layer depend on the token and its slot alone
+    prompts, actions = random_ids(1, 3), random_ids(1, 1, 2)
+    decoder = DiagonalDecoder(model, LAYOUT, k=1)
+    run = decoder.generate(prompts, frames=2, actions=actions)
+    list(run)
+    left = decoder._cache
+    codes = run.codes.flatten(2) + LAYOUT.first
+    ids = torch.cat((prompts, codes[:, 0], actions[:, 0], codes[:, 1]), 1)
+    cache = model.new_cache(1, ids.shape[1])
+    model.prefill(ids, cache)
+    # the last token is fed by nobody
+    torch.testing.assert_close(left.k[0, :, :-2], cache.k[0, :, :-2])
+    torch.testing.assert_close(left.v[0, :, :-2], cache.v[0, :, :-2])
+
+
+def _video(decoder: DiagonalDecoder, frames: int = 3, **options: object) -> Tensor:
+    run = decoder.generate(frames=frames, **options)
+    list(run)
+    return run.codes
+
+
+def test_a_video_is_the_same_alone_and_in_a_batch(model: TokenLlama) -> None:
+    prompts, uncond = random_ids(3, 4), random_ids(3, 4, seed=5)
+    actions = random_ids(3, 2, 2)
+    for mode, k in (("spatial", 1), ("spatiotemporal", 2)):
+        decoder = DiagonalDecoder(
+            model, LAYOUT, k=k, mode=mode, sampling=Sampling(top_k=9, guidance=1.5)
+        )
+        together = _video(decoder, prompts=prompts, uncond=uncond, actions=actions, seed=4)
+        assert torch.equal(
+            _video(decoder, prompts=prompts, uncond=uncond, actions=actions, seed=4), together
+        )
+        for row in range(3):
+            one = slice(row, row + 1)
+            alone = _video(
+                decoder, prompts=prompts[one], uncond=uncond[one], actions=actions[one], seed=4,
+                sequences=[row],
+            )  # fmt: skip
+            assert torch.equal(alone, together[one])
+
+
+def test_sequences_at_different_passes_equal_them_one_by_one(model: TokenLlama) -> None:
+    prompts, actions = random_ids(3, 4), random_ids(3, 2, 2)
+    decoder = DiagonalDecoder(model, LAYOUT, k=2, mode="spatiotemporal")
+    together = _video(decoder, prompts=prompts, actions=actions)
+    run = decoder.generate(prompts, frames=3, actions=actions, delays=[7, 0, 3])
+    found = list(run)
+    assert torch.equal(run.codes, together)
+    assert run.passes == decoder.passes(3) + 7
+    # each frame comes when it is whole, of the first to begin first
+    assert [(frame.index, frame.rows) for frame in found if frame.index == 2] == [
+        (2, (1,)), (2, (2,)), (2, (0,)),
+    ]  # fmt: skip
+    assert all(torch.equal(f.codes, together[list(f.rows), f.index]) for f in found)
+
+
+def test_an_action_may_come_while_the_video_runs(model: TokenLlama) -> None:
+    prompts, actions = random_ids(2, 4), random_ids(2, 2, 2)
+    decoder = DiagonalDecoder(model, LAYOUT, k=1)
+    seen: list[Frame] = []
+    asked: list[tuple[int, int]] = []
+
+    def play(frame: int, rows: tuple[int, ...]) -> Tensor:
+        # the frame before was shown first
+        asked.append((frame, len(seen)))
+        return actions[list(rows), frame - 1]
+
+    run = decoder.generate(prompts, frames=3, actions=play, seed=2)
+    for frame in run:
+        seen.append(frame)
+    assert asked == [(1, 1), (2, 2)]
+    assert torch.equal(run.codes, _video(decoder, prompts=prompts, actions=actions, seed=2))
+
+
+def test_a_full_context_slides_to_the_last_frames(model: TokenLlama) -> None:
+    prompts, actions = random_ids(2, 4), random_ids(2, 4, 2)
+    # prompt, two frames and a half
+    context = 4 + 2 * 14 + 13
+    sampling = Sampling(top_k=5)
+    decoder = DiagonalDecoder(model, LAYOUT, k=2, sampling=sampling, context=context)
+    run = decoder.generate(prompts, frames=5, actions=actions, seed=3)
+    found = [frame.codes for frame in run]
+    assert decoder._cache.slots == context
+    whole = DiagonalDecoder(model, LAYOUT, k=2, sampling=sampling)
+    # the first three fit
+    three = _video(whole, prompts=prompts, actions=actions[:, :2], seed=3)
+    assert torch.equal(torch.stack(found[:3], 1), three)
+    # frames 3 and 4 come from the prompt, frame 2 and its action
+    kept = torch.cat((prompts, found[2].flatten(1) + 5, actions[:, 2]), 1)
+    window = raster_like(model, kept, actions[:, 3:], sampling, first_frame=3)
+    assert torch.equal(torch.stack(found[3:], 1), window)
+
+
+def raster_like(
+    model: TokenLlama, prompts: Tensor, actions: Tensor, sampling: Sampling, first_frame: int
+) -> Tensor:
+    """Decode two frames behind `prompts`, whose noise is that of frames from `first_frame` on."""
+    from sdvg.tokens.window import Window
+
+    decoder = DiagonalDecoder(model, LAYOUT, k=2, sampling=sampling)
+    cache = model.new_cache(2, prompts.shape[1] + 26)
+    window = Window(decoder, cache, 2, prompts.shape[1], 2)
+    window.begin(prompts, None, first_frame, 3, (0, 1), (0, 0))
+    for place in range(len(window.plan.widths)):
+        if place == window.plan.frame_starts[1]:
+            window.write_extra(1, (0, 1), actions[:, 0])
+        window.run([place, place])
+    return torch.stack([window.frame(frame, (0, 1)) for frame in (0, 1)], 1)
+
+
+def test_steps_are_passes(model: TokenLlama) -> None:
+    decoder = DiagonalDecoder(model, LAYOUT, k=2)
+    run = decoder.generate(random_ids(1, 2), frames=1)
+    frames = []
+    for _ in range(decoder.passes(1)):
+        assert not frames
+        frames += run.step()
+    assert len(frames) == 1
+    with pytest.raises(StopIteration):
+        run.step()
+
+
+def test_the_published_mask_attends_to_what_is_not_decoded(model: TokenLlama) -> None:
+    prompts = random_ids(1, 3)
+    how = {"sampling": Sampling(temperature=0)}
+    actions = random_ids(1, 1, 2)
+    ours, theirs = (
+        _video(
+            DiagonalDecoder(model, LAYOUT, k=1, published=published, **how),
+            2, prompts=prompts, actions=actions,
+        )
+        for published in (False, True)
+    )  # fmt: skip
+    assert not torch.equal(ours, theirs)
+    # in raster order nothing is left undecoded
+    ours, theirs = (
+        _video(
+            DiagonalDecoder(model, LAYOUT, mode="raster", published=published, **how),
+            2, prompts=prompts, actions=actions,
+        )
+        for published in (False, True)
+    )  # fmt: skip
+    assert torch.equal(ours, theirs)
+
+
+def _decoder(model: TokenLlama, **options: object) -> DiagonalDecoder:
+    return DiagonalDecoder(model, LAYOUT, **{"k": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda m: _decoder(m, k=0), "diagonal_schedule: k must be in [1, width 4], got 0"),
+        (lambda m: _decoder(m, k=5), "diagonal_schedule: k must be in [1, width 4], got 5"),
+        (lambda m: _decoder(m, k=None), "diagonal: k must be given, got None; k = width is raster"),
+        (lambda m: _decoder(m, mode="raster"), "diagonal: k must be the width 4 in raster order"),
+        (lambda m: _decoder(m, mode="rows"), "diagonal: mode must be one of raster, spatial, spat"),
+        (lambda m: _decoder(m, keep=0), "diagonal: keep must be at least 1 frame, got 0"),
+        (lambda m: _decoder(m, row_start="eol"), "diagonal: row_start must be 'eol' where the lay"),
+        (
+            lambda m: DiagonalDecoder(m, Layout(3, 4, 40, first=5), k=1),
+            "diagonal: codes must lie in the vocabulary of 41, got [5, 45)",
+        ),
+        (
+            lambda m: _decoder(m).generate(torch.full((1, 2), 41), frames=1),
+            "diagonal: prompts must lie in the vocabulary of 41, got ids from 41 to 41",
+        ),
+        (
+            lambda m: _decoder(m).generate(random_ids(1, 0), frames=1),
+            "diagonal: prompts must be ids [B, P >= 1], got [1, 0]",
+        ),
+        (
+            lambda m: _decoder(m).generate(random_ids(1, 2), frames=0),
+            "diagonal: frames must be at least 1, got 0",
+        ),
+        (
+            lambda m: _decoder(m).generate(random_ids(1, 2), frames=2),
+            "diagonal: actions must be given for 2 tokens between frames, got None",
+        ),
+        (
+            lambda m: _decoder(m).generate(
+                random_ids(1, 2), frames=2, actions=torch.tensor([[[1, -1]]])
+            ),
+            "diagonal: actions must lie in the vocabulary of 41, got ids from -1 to 1",
+        ),
+        (
+            lambda m: next(_decoder(m, context=13).generate(random_ids(1, 2), frames=1)),
+            "diagonal: context must hold at least 14 slots, the prompt and one frame, got 13",
+        ),
+        (
+            lambda m: _decoder(m, context=20).generate(
+                random_ids(1, 2), frames=2, actions=random_ids(1, 1, 2)
+            ),
+            "diagonal: context must hold at least 28 slots, the prompt and one frame after 1 kept",
+        ),
+        (
+            lambda m: _decoder(m, sampling=Sampling(guidance=2.0)).generate(
+                random_ids(1, 2), frames=1
+            ),
+            "diagonal: uncond must be given with guidance and only then, got guidance 2 without it",
+        ),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    act: Callable[[TokenLlama], object], text: str, model: TokenLlama
+) -> None:
+    with pytest.raises(ValueError, match="diagonal") as caught:
+        act(model)
+    assert str(caught.value).startswith(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_logits_are_one_sentence() -> None:
+    broken = random_model()
+    broken.layers[1].down.weight[3] = torch.nan
+    decoder = _decoder(broken)
+    run = decoder.generate(random_ids(2, 2), frames=1, sequences=[4, 8])
+    text = "diagonal: logits must be finite, got NaN or infinity in frame 0 of sequence 4"
+    with pytest.raises(ValueError, match=text):
+        list(run)
+    with pytest.raises(RuntimeError, match="must not go on after an error"):
+        next(run)
+
+
+def test_an_older_generation_does_not_go_on(model: TokenLlama) -> None:
+    decoder = _decoder(model)
+    first = decoder.generate(random_ids(1, 2), frames=1)
+    decoder.generate(random_ids(1, 2), frames=1)
+    with pytest.raises(RuntimeError, match="must run one generation at a time"):
+        next(first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["raster", "spatial", "spatiotemporal"])
+def test_graphs_give_the_tokens_of_the_cpu(mode: str) -> None:
+    sizes = LlamaSizes(2, 128, 4, 2, 64, 96, 41)
+    here = random_model(sizes).float()
+    there = random_model(sizes).float().cuda()
+    prompts, uncond = random_ids(3, 5), random_ids(3, 5, seed=9)
+    actions = random_ids(3, 2, 2)
+    options = {
+        "k": None if mode == "raster" else 2, "mode": mode,
+        "sampling": Sampling(0.9, top_k=9, guidance=1.5),
+    }  # fmt: skip
+    given = {"uncond": uncond, "actions": actions, "prompts": prompts}
+    expected = _video(DiagonalDecoder(here, LAYOUT, **options), **given)
+    captured = DiagonalDecoder(there, LAYOUT, **options)
+    eager = DiagonalDecoder(there, LAYOUT, **options, graphs=False)
+    for decoder in (eager, captured, captured):
+        given = {name: ids.cuda() for name, ids in given.items()}
+        assert torch.equal(_video(decoder, **given).cpu(), expected)
+    # late sequences pass through the widths in another order
+    run = captured.generate(frames=3, delays=[4, 0, 9], **given)
+    list(run)
+    assert torch.equal(run.codes.cpu(), expected)
