@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from sdvg import SDVG, Always, Never, Random, Recompute, Reward, Schedule, Stride, preset
+from sdvg import (
+    SDVG,
+    Always,
+    Never,
+    Random,
+    Recompute,
+    Reward,
+    Schedule,
+    Stride,
+    clock,
+    host,
+    noise,
+    preset,
+)
 from sdvg.types import Draft
 
 SHAPE = (3, 2, 2, 2)
@@ -43,6 +57,13 @@ class ConstantModel:
         pass
 
 
+class Stepping(ConstantModel):
+    """Predicts what it is given."""
+
+    def denoise(self, latents: Tensor, timestep: float, **rest: object) -> Tensor:
+        return latents
+
+
 class RepeatingDecoder:
     """Each latent frame becomes two gray frames whose level is the latents' mean."""
 
@@ -50,7 +71,7 @@ class RepeatingDecoder:
         return 0
 
     def decode(self, latents: Tensor, state: int) -> tuple[Tensor, int]:
-        level = latents.mean(dim=(2, 3, 4)).repeat_interleave(2, dim=1)
+        level = latents.mean(dim=(2, 3, 4))[:, :, None].expand(-1, -1, 2).flatten(1, 2)
         return level[:, :, None, None, None].expand(-1, -1, 3, 4, 4), state + 1
 
     def take(self, state: int, rows: Tensor) -> int:
@@ -95,7 +116,7 @@ def engine(router: object = None, **options: object) -> SDVG:
         ({"commit": Recompute(4)}, "Recompute must hold whole blocks of 3 frames, got 4"),
         ({"run_ahead": -1}, "run_ahead must be 0"),
         ({"run_ahead": 1, "drafter_cache": "synced"}, "run_ahead must be 0 unless"),
-        ({"schedule": "fast"}, "preset must be one of self_forcing, krea, diagonal, got 'fast'"),
+        ({"schedule": "fast"}, "preset must be one of self_forcing, krea, krea_5, diagonal, got"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_in_one_sentence(
@@ -311,6 +332,7 @@ def test_presets_are_the_published_timesteps() -> None:
     for name in ("self_forcing", "krea"):
         assert tuple(round(step, 2) for step in preset(name).steps(8)) == warped
         assert preset(name).clean_pass
+    assert preset("krea_5").steps(8) == (*preset("krea").steps(8), 0.0)
     diagonal = preset("diagonal")
     assert [len(diagonal.steps(block)) for block in range(4)] == [4, 3, 2, 2]
     assert diagonal.steps(5) == pytest.approx((1000, 357.142857))
@@ -369,3 +391,176 @@ def test_going_on_with_an_older_generation_is_refused() -> None:
     with pytest.raises(RuntimeError, match="belongs to a generation that was started later"):
         next(older)
     assert len(list(newer)) == 3
+
+
+def test_a_step_at_timestep_0_is_at_the_least_level_of_the_table() -> None:
+    seen = []
+
+    class Recording(ConstantModel):
+        def denoise(
+            self, latents: Tensor, timestep: float, *, sigma: float | None = None, **rest: object
+        ) -> Tensor:
+            seen.append((timestep, sigma, latents))
+            return super().denoise(latents, timestep, **rest)
+
+    (block,) = engine(
+        target=Recording(0.75), drafter=None, schedule="krea_5", commit="recompute:3"
+    ).generate(["a"], num_blocks=1)
+    assert [timestep for timestep, _, _ in seen][-1] == 0
+    assert [sigma is None for _, sigma, _ in seen] == [True] * 4 + [False]
+    # 5 * 0.001 / (1 + 4 * 0.001)
+    level = seen[-1][1]
+    assert level == pytest.approx(0.00498, abs=1e-5)
+    drawn = noise.normal(SHAPE, seed=0, sequences=(0,), block=0, step=4)
+    torch.testing.assert_close(seen[-1][2], (1 - level) * 0.75 + level * drawn)
+    assert block.latents.unique().tolist() == [0.75]
+
+
+class Counting(TorchFunctionMode):
+    """Counts what would make the host wait for a device."""
+
+    WAITS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if getattr(func, "__name__", "") in self.WAITS:
+            self.waits.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b", "c"]], ids=len)
+@pytest.mark.parametrize("options", [{}, {"commit": "eager"}, {"run_ahead": 2}], ids=str)
+def test_a_block_waits_once_for_a_verdict_and_once_at_its_end(
+    prompts: list[str], options: dict[str, object]
+) -> None:
+    """Every draft, repair and frames was once waited for alone, and each batch of rows twice."""
+
+    def mixed(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        own = torch.arange(len(prompts)).remainder(2)[:, None]
+        return own.expand(frames.shape[:2]).float()
+
+    run = engine(scorer=mixed, **options).generate(prompts, num_blocks=6)
+    next(run)
+    for block in range(1, 6):
+        with Counting() as count:
+            made = next(run)
+        assert [v.accepted for v in made.verdicts] == [row % 2 == 1 for row in range(len(prompts))]
+        assert count.waits == ["tolist"] * 2, f"block {block}"
+
+
+def test_a_draft_that_nobody_looks_at_is_booked_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock waited for it, so that running ahead gained nothing."""
+
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+        def synchronize(self) -> None:
+            self.done = True
+
+        def elapsed_time(self, end: Event) -> float:
+            return 250.0
+
+    events = [Event() for _ in range(4)]
+    marks = iter(events)
+    monkeypatch.setattr(clock, "_mark", lambda device: next(marks))
+    watch, device = clock.Clock(), torch.device("cpu")
+    for block in (0, 1):
+        with watch.stage("draft", 1, device, block):
+            pass
+    assert watch.end(0) == {}
+    events[1].done = events[3].done = True
+    # the draft of block 1 was made in the time of block 0 and is block 1's
+    assert watch.end(0) == {"draft": 0.25}
+    assert watch.end(1) == {"draft": 0.25}
+    assert watch.seconds == {"draft": 0.5}
+    events += [Event(), Event()]
+    marks = iter(events[4:])
+    with watch.stage("draft", 1, device, 1):
+        pass
+    watch.finish(1)
+    assert watch.seconds == {"draft": 0.75}
+
+
+def test_seconds_of_a_draft_that_ran_ahead_are_its_own_blocks() -> None:
+    class Slow(ConstantModel):
+        def denoise(self, latents: Tensor, timestep: float, **rest: object) -> Tensor:
+            time.sleep(0.002)
+            return super().denoise(latents, timestep, **rest)
+
+    run = engine(drafter=Slow(0.25), run_ahead=9).generate(["a"], num_blocks=3)
+    assert all(0.008 <= block.seconds["draft"] < 0.1 for block in run)
+
+
+def test_what_is_not_finite_is_named_before_what_it_led_to() -> None:
+    def picky(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert torch.isfinite(frames).all()
+        return brightness(frames, prompts)
+
+    run = engine(drafter=ConstantModel(math.nan), scorer=picky, force_first=False).generate(["a"])
+    with pytest.raises(RuntimeError, match=r"the drafter returned .* at block 0, stage draft"):
+        next(run)
+
+
+def test_each_video_may_have_a_seed_of_its_own() -> None:
+    loop = engine(Random(0.5), target=Stepping(), drafter=None)
+    both = list(loop.generate(["a", "b"], num_blocks=2, seed=[5, 9]))
+    for row, seed in enumerate((5, 9)):
+        alone = list(loop.generate(["a"], num_blocks=2, seed=seed))
+        for mine, block in zip(alone, both, strict=True):
+            assert torch.equal(mine.latents[0], block.latents[row])
+    draft = Draft(3, (4, 4), (0, 0), None)
+    assert Random(0.5)(draft).unique().numel() == 1
+    with pytest.raises(ValueError, match="seed must name one for each of 2 prompts, got 1"):
+        loop.generate(["a", "b"], seed=[5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"commit": "eager"}, {"run_ahead": 2}], ids=str)
+def test_on_a_gpu_nothing_waits_but_the_verdict_and_the_end(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu(ConstantModel):
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def mixed(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        own = torch.arange(len(prompts), device=frames.device).remainder(2)[:, None]
+        return own.expand(frames.shape[:2]).float()
+
+    waits = []
+
+    def reading(parts: Sequence[Tensor]) -> list[list[float]]:
+        waits.append(len(parts))
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return host.read(parts)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    loop = engine(drafter=OnGpu(0.25), target=OnGpu(0.75), scorer=mixed, **options)
+    run = loop.generate(["a", "b", "c"], num_blocks=8)
+    # kernels are compiled and memory is taken
+    blocks = [next(run), next(run)]
+    monkeypatch.setattr("sdvg.engine.read", reading)
+    try:
+        for _ in range(6):
+            torch.cuda.set_sync_debug_mode("error")
+            blocks.append(next(run))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 12
+    assert all(block.seconds["target"] > 0 for block in blocks)
+    on_cpu = engine(scorer=mixed, **options).generate(["a", "b", "c"], num_blocks=8)
+    for mine, other in zip(blocks, on_cpu, strict=True):
+        assert torch.equal(mine.latents.cpu(), other.latents)
+        assert mine.verdicts == other.verdicts
+    assert run.summary().stages["draft"] > 0

@@ -544,3 +544,65 @@ def test_a_wrong_switch_is_named_in_one_sentence(pair: TinyPair) -> None:
 def test_given_latents_of_another_shape_are_named(pair: TinyPair, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"given must be clean latents \[3, n \* 3, 4, 4, 4\]"):
         speculate(pair).generate(PROMPTS, num_blocks=2, given=torch.zeros(shape))
+
+
+def test_a_switch_writes_the_sink_and_the_window_alone(pair: TinyPair) -> None:
+    """It once wrote all that reaches the next block through all layers."""
+    target = tiny_wan(seed=2)
+    written: list[tuple[int, Tensor]] = []
+    write = target.write
+
+    def record(clean: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+        written.append((start_frame, clean))
+        write(clean, start_frame=start_frame, rows=rows)
+
+    target.write = record
+    run = SDVG(None, target, pair.decoder).generate(PROMPTS, num_blocks=7, seed=11)
+    made = [next(run) for _ in range(5)]
+    written.clear()
+    run.switch(PROMPTS[::-1])
+    made.append(next(run))
+    # block 0 is the sink, block 4 what a window of two blocks sees beside the next one
+    ((start, clean),) = written
+    assert start == 0
+    assert torch.equal(clean, latents([made[0], made[4]]))
+    # the next block is what follows these two under the new prompts, from its own noise
+    fresh = tiny_wan(seed=2)
+    fresh.start(PROMPTS[::-1])
+    write_fresh, ids = fresh.write, (0, 1, 2)
+    write_fresh(clean, start_frame=0)
+    x = normal(fresh.block_shape, seed=11, sequences=ids, block=5, step=0)
+    for step, timestep in enumerate(run.sdvg.schedule.steps(5)):
+        if step:
+            noise = normal(fresh.block_shape, seed=11, sequences=ids, block=5, step=step)
+            x = (1 - timestep / 1000) * x + timestep / 1000 * noise
+        x = fresh.denoise(x, timestep, start_frame=6)
+    assert torch.equal(made[5].latents, x)
+
+
+@pytest.mark.parametrize("cache", ["own", "synced"])
+def test_after_a_switch_lazy_equals_eager_commit_and_a_batch_its_sequences(
+    pair64: TinyPair, cache: str
+) -> None:
+    def run(prompts: list[str], commit: str, sequences: list[int]) -> tuple[Tensor, list]:
+        engine = speculate(pair64, Random(0.5), commit=commit, drafter_cache=cache)
+        video = engine.generate(prompts, num_blocks=8, seed=11, sequences=sequences)
+        made = [next(video) for _ in range(5)]
+        video.switch([f"{prompt}, fast" for prompt in prompts])
+        # again, before anything was made anew
+        video.switch([f"{prompt}, slow" for prompt in prompts])
+        made += list(video)
+        return latents(made), verdicts(made)
+
+    lazy, routed = run(PROMPTS, "lazy", [0, 1, 2])
+    eager, _ = run(PROMPTS, "eager", [0, 1, 2])
+    torch.testing.assert_close(lazy, eager, rtol=0, atol=1e-10)
+    assert {kept for block in routed[5:] for kept in block} == {True, False}
+    alone, _ = run(PROMPTS[1:2], "lazy", [1])
+    torch.testing.assert_close(lazy[1:2], alone, rtol=0, atol=1e-10)
+
+
+def test_a_wrong_recache_is_named(pair: TinyPair) -> None:
+    run = speculate(pair).generate(PROMPTS, num_blocks=2)
+    with pytest.raises(ValueError, match="recache must be 'window' or 'all', got 'half'"):
+        run.switch(PROMPTS, recache="half")

@@ -65,6 +65,13 @@ class StreamingVAE:
         """What the decoder computes in."""
         return self.vae.post_quant_conv.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the weights of an offloaded one lie elsewhere."""
+        hook = getattr(self.vae, "_hf_hook", None)
+        away = getattr(hook, "execution_device", None)
+        return self.vae.post_quant_conv.weight.device if away is None else torch.device(away)
+
     def accelerate(self, *, graphs: bool = False) -> StreamingVAE:
         """Decode channels-last on the fused norm from now on, to the same numbers but for rounding.
 
