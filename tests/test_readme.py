@@ -7,8 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from sdvg.adapters import unpatch, unregister_attention_backend
 from sdvg.cli import parser
+from tests.models.causal_wan import LAYERS, SelfForcing
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,14 +21,22 @@ COMMANDS = "".join(text for kind, text in SNIPPETS if kind == "bash").splitlines
 
 def test_python_snippets_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers", reason="the embedded models are diffusers classes")
-    names: dict[str, object] = {}
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    # a reader's own pipeline, and the same as it was
+    names: dict[str, object] = {"pipeline": SelfForcing(6)}
+    plain = SelfForcing(6)
     snippets = [text for kind, text in SNIPPETS if kind == "python"]
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for text in snippets:
         exec(compile(text, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert "0 (1, 9, 3, 32, 32)" in said
     assert "2 (1, 12, 3, 32, 32)" in said
+    torch.testing.assert_close(names["pipeline"].run(3), plain.run(3), rtol=0, atol=1e-10)
+    assert unpatch(names["pipeline"]) == LAYERS
+    assert dispatch_attention_fn(*torch.ones(3, 1, 2, 1, 8), backend="sdvg").sum() == 16
+    unregister_attention_backend()
 
 
 def test_commands_parse() -> None:

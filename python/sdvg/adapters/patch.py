@@ -151,8 +151,10 @@ def _find(roots: list[nn.Module], names: tuple[str, ...]) -> Iterator[nn.Module]
 def _unknown(root: nn.Module) -> Iterator[str]:
     """Yield what takes a `kv_cache` and projects queries, but is not of the shape."""
     for module in root.modules():
+        if not (hasattr(module, "q") or hasattr(module, "to_q")):
+            continue
         takes = inputs(type(module))
-        if "kv_cache" not in takes or not any(hasattr(module, name) for name in ("q", "to_q")):
+        if "kv_cache" not in takes:
             continue
         missing = [part for part in (*_PARTS, "local_attn_size") if not hasattr(module, part)]
         missing += [name for name in _SELF if name not in takes]
