@@ -113,7 +113,7 @@ def test_a_models_velocity_stays_near_the_exact_one(dtype: torch.dtype) -> None:
         exact = velocities(exact_model, latents.double())
     error = (velocities(eight, latents) - exact).norm() / exact.norm()
     # e4m3 rounds a value by 2.6% on average (root mean square); the residual stream dilutes it
-    assert 0.001 < error < 0.04
+    assert 0.001 < error < 0.025
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
