@@ -26,7 +26,9 @@ STOREYS = (
     ("router", "schedule", "cache", "models", "scorers"),
     ("commit",),
     ("engine", "tokens"),
-    ("report", "sweep", "bench", "env", "quality", "recipes", "arguments"),
+    ("report", "sweep", "bench", "env", "quality", "recipes", "arguments", "console"),
+    ("token_sweep",),
+    ("token_cli",),
     ("cli", "pipeline", "adapters", "train"),
 )
 # ... and from these of its own

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -19,6 +15,7 @@ from tqdm import tqdm
 
 from sdvg import bench, env
 from sdvg.commit import policy
+from sdvg.console import Interrupts, asked, output_paths, prepare, warn_of_prompts
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
@@ -57,14 +54,14 @@ def generate(args: argparse.Namespace) -> int:
 
     router, schedule, commit = _router(args), preset(args.schedule), policy(args.commit)
     args.drafter_cache = args.drafter_cache or ("own" if args.run_ahead else "synced")
-    paths = _paths(args.out, len(args.prompt))
-    with Aside() as aside, _Interrupts() as interrupts:
+    paths = output_paths(args.out, len(args.prompt))
+    with Aside() as aside, Interrupts() as interrupts:
         recordings = [
             Recording(aside, path, prompt=prompt, sequence=row, fps=args.fps)
             for row, (path, prompt) in enumerate(zip(paths, args.prompt, strict=True))
         ]
         pair = _load(args)
-        _warn_of_prompts(args.weights or embedded.WEIGHTS, args.prompt)
+        warn_of_prompts(args.weights or embedded.WEIGHTS, args.prompt)
         loop = SDVG(
             pair.drafter, pair.target, pair.decoder, pair.scorer, router,
             schedule=schedule, force_first=args.force_first, commit=commit,
@@ -98,7 +95,7 @@ def generate(args: argparse.Namespace) -> int:
         }
         for recording in recordings:
             recording.finish(
-                stats, interrupted=interrupted, arguments=_arguments(args), versions=versions
+                stats, interrupted=interrupted, arguments=asked(args), versions=versions
             )
         aside.keep()
     for recording in recordings:
@@ -114,15 +111,15 @@ def generate(args: argparse.Namespace) -> int:
 
 def bench_loop(args: argparse.Namespace) -> int:
     """Measure the loop on random Wan models, each row as soon as it is there."""
-    cpu = torch.device(args.device).type == "cpu"
-    if args.models == "wan" and cpu:
+    tiny = args.models == "tiny"
+    cpu = args.device == "cpu"
+    if not tiny and cpu:
         raise ValueError("bench: Wan's sizes need a GPU, got cpu; --models tiny runs anywhere")
     if any(not 0 <= share <= 1 for share in args.acceptance):
         raise ValueError(f"bench: acceptance must lie in [0, 1], got {args.acceptance}")
-    tiny = args.models == "tiny"
     parts = bench.random_wan(
-        *(("tiny", "tiny") if tiny else (args.drafter, args.target)),
-        height=32 if tiny else args.height, width=32 if tiny else args.width,
+        args.drafter or ("tiny" if tiny else "1.3B"), args.target or ("tiny" if tiny else "14B"),
+        height=args.height or (32 if tiny else 480), width=args.width or (32 if tiny else 832),
         window_frames=args.window, device=args.device,
         dtype=torch.float32 if cpu else torch.bfloat16,
     )  # fmt: skip
@@ -130,17 +127,25 @@ def bench_loop(args: argparse.Namespace) -> int:
     settings = {
         "variants": args.variants, "acceptances": args.acceptance, "blocks": args.blocks
     }  # fmt: skip
+    interrupted = False
     with Aside() as aside:
         # before minutes of measuring, not after
         out = None if args.out is None else aside.create(args.out)
-        for row in bench.measure(parts, **settings):
-            rows.append(row)
-            print(bench.table([row]).splitlines()[-1], file=sys.stderr)
+        try:
+            for row in bench.measure(parts, **settings):
+                rows.append(row)
+                print(bench.table([row]).splitlines()[-1], file=sys.stderr)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True
         print(bench.table(rows))
         if out is not None:
             bench.write(out, rows)
         aside.keep()
-    return 0
+    if interrupted:
+        print(f"sdvg: interrupted; {len(rows)} rows were measured and are kept", file=sys.stderr)
+    return 130 if interrupted else 0
 
 
 def show_env(args: argparse.Namespace) -> int:
@@ -201,7 +206,7 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record(video: Generation, recordings: list[Recording], interrupts: _Interrupts) -> None:
+def _record(video: Generation, recordings: list[Recording], interrupts: Interrupts) -> None:
     """Drive `video` to its end, each finished block into the recordings."""
     accepted = decided = 0
     with tqdm(total=video.num_blocks, unit="block", desc="generate") as bar:
@@ -218,40 +223,6 @@ def _record(video: Generation, recordings: list[Recording], interrupts: _Interru
                         refresh=False,
                     )
                 bar.update()
-
-
-class _Interrupts:
-    """Within it, Ctrl-C is a KeyboardInterrupt, but one during `held` waits for its end."""
-
-    def __init__(self) -> None:
-        self._holding = self._pending = False
-
-    def __enter__(self) -> _Interrupts:
-        self._before = signal.signal(signal.SIGINT, self._arrived)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def ignore(self) -> None:
-        """Hear no Ctrl-C from here to the end."""
-        self._holding = True
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
-
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if not self._holding:
-            raise KeyboardInterrupt
-        self._pending = True
 
 
 def _router(args: argparse.Namespace) -> Router:
@@ -273,71 +244,11 @@ def _drafting(args: argparse.Namespace, schedule: Schedule) -> Schedule:
     return Schedule((tuple(args.drafter_timesteps),), clean_pass=schedule.clean_pass)
 
 
-def _paths(out: Path, count: int) -> list[Path]:
-    if out.suffix != ".mp4":
-        raise ValueError(f"output: --out must end in .mp4, got {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"output: the folder {out.parent} does not exist; create it first")
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{number}.mp4") for number in range(1, count + 1)]
-
-
 def _load(args: argparse.Namespace) -> EmbeddedPair:
     from sdvg.models import embedded
 
-    if args.threads < 1:
-        raise ValueError(f"threads: must be at least 1, got {args.threads}")
-    torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: must be cpu, cuda, cuda:1, ..., got {device!r}") from error
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} needs a GPU and a CUDA build of torch, got none")
-    with suppress(ImportError):
-        from transformers.utils import logging
-
-        # its bar for weights that load in a moment
-        logging.disable_progress_bar()
+    device = prepare(args)
     return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
-
-
-def _warn_of_prompts(weights: Path, prompts: Sequence[str]) -> None:
-    """Say in a line each which words the models never saw, and which prompts they see cut."""
-    from tokenizers import Tokenizer
-
-    from sdvg.models.embedded.text import LENGTH
-
-    tokenizer = Tokenizer.from_file(str(weights / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # a prompt without any word stands for itself; an empty one is refused later
-    named = [re.findall(r"\w+", text.lower()) or [repr(text)] for text in prompts if text.strip()]
-    words = dict.fromkeys(word for each in named for word in each)
-    unknown = [word for word in words if tokenizer.token_to_id(word) is None]
-    sizes = [len(tokenizer.encode(text).ids) for text in prompts]
-    cut = [f"prompt {place} has {size}" for place, size in enumerate(sizes, 1) if size > LENGTH]
-    if cut:
-        print(
-            f"sdvg: warning: the models read a prompt's first {LENGTH} tokens; {', '.join(cut)}",
-            file=sys.stderr,
-        )
-    if unknown:
-        known = "they know digits, directions and speeds"
-        print(
-            f"sdvg: warning: the models do not know {', '.join(unknown)}; {known}", file=sys.stderr
-        )
-
-
-def _arguments(args: argparse.Namespace) -> dict[str, object]:
-    """Return what the user asked for, as JSON holds it."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in ("run", "debug")
-    }
 
 
 def _one_sentence(error: Exception) -> str:
@@ -415,13 +326,13 @@ def parser() -> argparse.ArgumentParser:
         "--models", choices=["wan", "tiny"], default="wan", help="tiny: for a machine without a GPU"
     )
     add("--weights", choices=["random"], default="random")
-    add("--drafter", default="1.3B", help="1.3B or 14B")
-    add("--target", default="14B", help="1.3B or 14B")
+    add("--drafter", metavar="1.3B | 14B", help="default: 1.3B")
+    add("--target", metavar="1.3B | 14B", help="default: 14B")
     add("--variants", nargs="+", default=bench.VARIANTS, help=", ".join(bench.VARIANTS))
     add("--acceptance", type=float, nargs="+", default=bench.ACCEPTANCES, metavar="SHARE")
     add("--blocks", type=int, default=9)
-    add("--height", type=int, default=480)
-    add("--width", type=int, default=832)
+    add("--height", type=int, help="default: 480, tiny 32")
+    add("--width", type=int, help="default: 832, tiny 32")
     add("--window", type=int, default=6, help="latent frames that a block sees, itself included")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, help="also write the rows there, as CSV")
