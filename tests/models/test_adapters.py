@@ -193,6 +193,32 @@ def test_what_was_half_patched_becomes_whole() -> None:
     assert unpatch(patched) == LAYERS
 
 
+def test_a_part_of_a_model_with_deferred_writes_is_refused() -> None:
+    plain, patched = LongLive(6), LongLive(6)
+    with pytest.raises(ValueError, match="a tensor elsewhere, got a tuple; patch the whole model"):
+        patch(patched.generator.blocks[0])
+    patch(patched)
+    with pytest.raises(RuntimeError, match="must hold the model that has _apply_cache_updates"):
+        unpatch(patched.generator.blocks[0])
+    assert (patched.run(3) - plain.run(3)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", [int, Tensor])
+def test_layers_that_take_one_kind_of_index_are_proved_with_it(
+    kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Strict(SelfForcingAttention):
+        def roll(self, kv_cache: dict[str, object], *given: int) -> tuple[int, int, int]:
+            if not isinstance(kv_cache["global_end_index"], kind):
+                raise TypeError("another kind of index")
+            return super().roll(kv_cache, *given)
+
+    pipeline = SelfForcing(6)
+    pipeline.generator.blocks[0].self_attn = Strict(6, 0).double()
+    assert patch(pipeline) == LAYERS
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("kind", [SelfForcing, LongLive])
 def test_a_copy_is_patched_and_stands_alone(
@@ -331,7 +357,7 @@ def test_weights_that_are_not_here_are_patched_unproven(caplog: pytest.LogCaptur
     pipeline.generator.to("meta")
     caplog.set_level(logging.WARNING)
     assert patch(pipeline) == LAYERS
-    assert "patched unproven: its weights are not here as plain tensors" in caplog.text
+    assert "patched unproven: its weights are not here as whole tensors" in caplog.text
 
 
 def test_arguments_beyond_the_protocol_are_named() -> None:

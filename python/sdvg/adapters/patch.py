@@ -84,11 +84,12 @@ def patch(pipeline: object) -> int:
                 f"patch: forward of {type(layer).__name__} must be its class's, got one that "
                 "something else has put there; patch before offloading hooks are added"
             )
+    ours = set(layers)
     kinds: dict[tuple[object, ...], bool] = {}
     swaps: list[tuple[nn.Module, partial[object]]] = []
     shared = Shared()
     for layer in fresh:
-        defers, is_self = id(layer) in owners, any(layer is one for one in layers)
+        defers, is_self = id(layer) in owners, layer in ours
         kind = (type(layer), layer.num_heads, layer.head_dim, defers)
         if kind not in kinds:
             kinds[kind] = _prove_self(layer, defers) if is_self else _prove_cross(layer)
@@ -115,20 +116,29 @@ def unpatch(pipeline: object) -> int:
     """
     roots = _roots(pipeline)
     ours = [module for root in roots for module in root.modules() if vars(module).get(_MARK, False)]
+    owners = [
+        module
+        for root in roots
+        for module in root.modules()
+        if vars(module).get(_APPLY) is applies_nothing
+    ]
     for layer in ours:
         if not _patched(layer):
             raise RuntimeError(
                 f"unpatch: forward of {type(layer).__name__} must be ours, got one that something "
                 "else has put over it; remove offloading hooks first"
             )
+        if _defers(layer) and not owners:
+            raise RuntimeError(
+                f"unpatch: pipeline must hold the model that has {_APPLY}, got a part of it"
+            )
     count = 0
     for layer in dict.fromkeys(ours):
         count += layer.forward.func is self_attention
         del layer.forward
         del vars(layer)[_MARK]
-    for owner in (module for root in roots for module in root.modules()):
-        if vars(owner).get(_APPLY) is applies_nothing:
-            delattr(owner, _APPLY)
+    for owner in dict.fromkeys(owners):
+        delattr(owner, _APPLY)
     return count
 
 
@@ -177,6 +187,10 @@ def _patched(layer: nn.Module) -> bool:
     return isinstance(own, partial) and own.func in (self_attention, cross_attention)
 
 
+def _defers(layer: nn.Module) -> bool:
+    return layer.forward.func is self_attention and layer.forward.args[2]
+
+
 def _prove_self(layer: nn.Module, defers: bool) -> bool:
     """Raise unless ours gives what the layer gives on a small grid, and caches the same keys."""
     like = _weight(layer)
@@ -203,17 +217,24 @@ def _prove_self(layer: nn.Module, defers: bool) -> bool:
     given = {name: value for name, value in given.items() if name in inputs(type(layer))}
     # a pass fits the ring beside the sink
     slots = tokens + sink * height * width
-    caches = [_small_cache(layer, slots, like) for _ in range(2)]
     with torch.no_grad():
-        try:
-            theirs = type(layer).forward(layer, **given, kv_cache=caches[0])
-        except Exception as error:
-            _unproven(layer, f"it does not run alone: {type(error).__name__}: {error}")
+        # Krea's indices are ints, the others' tensors
+        for index in (0, torch.zeros(1, dtype=torch.long, device=like.device)):
+            caches = [_small_cache(layer, slots, like, index) for _ in range(2)]
+            try:
+                theirs = type(layer).forward(layer, **given, kv_cache=caches[0])
+                break
+            except Exception as error:
+                why = f"it does not run alone: {type(error).__name__}: {error}"
+        else:
+            _unproven(layer, why)
             return True
         if isinstance(theirs, tuple) is not defers:
             got = "a tuple" if isinstance(theirs, tuple) else "a tensor"
             rule = f"return a tuple where its model has {_APPLY}, a tensor elsewhere"
-            raise ValueError(f"patch: {type(layer).__name__} must {rule}, got {got}")
+            raise ValueError(
+                f"patch: {type(layer).__name__} must {rule}, got {got}; patch the whole model"
+            )
         ours = self_attention(layer, Shared(), defers, **given, kv_cache=caches[1])
     pairs = {"output": (theirs[0], ours[0]) if defers else (theirs, ours)}
     if not defers:
@@ -255,20 +276,27 @@ def _prove_cross(layer: nn.Module) -> bool:
 
 def _weight(layer: nn.Module) -> Tensor | None:
     """Return an empty tensor of the layer's device and dtype, or None where it cannot run now."""
-    parts = list(layer.parameters())
-    for weight in parts:
-        if weight.is_meta or weight.numel() == 0 or type(weight.data) is not Tensor:
-            _unproven(layer, "its weights are not here as plain tensors")
+    like = None
+    for weight in layer.parameters():
+        # a sharded weight is a part, on a mesh of devices
+        if weight.is_meta or weight.numel() == 0 or hasattr(weight, "device_mesh"):
+            _unproven(layer, "its weights are not here as whole tensors")
             return None
-    wide = [weight for weight in parts if weight.dtype.is_floating_point and weight.itemsize > 1]
-    return wide[0].new_empty(0) if wide else None
+        if like is None and weight.dtype.is_floating_point and weight.itemsize > 1:
+            like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return like
 
 
-def _small_cache(layer: nn.Module, slots: int, like: Tensor) -> dict[str, Tensor]:
+def _small_cache(
+    layer: nn.Module, slots: int, like: Tensor, index: int | Tensor
+) -> dict[str, int | Tensor]:
     shape = (1, slots, layer.num_heads, layer.head_dim)
     cache = {name: like.new_zeros(shape) for name in ("k", "v")}
-    ends = ("global_end_index", "local_end_index")
-    return cache | {name: torch.zeros(1, dtype=torch.long, device=like.device) for name in ends}
+    # each its own: they are written in place
+    return cache | {
+        name: index.clone() if isinstance(index, Tensor) else index
+        for name in ("global_end_index", "local_end_index")
+    }
 
 
 def _unproven(layer: nn.Module, why: str) -> None:
