@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 
 from sdvg import bench
-from sdvg.bench import Parts, Pattern
+from sdvg.bench import Parts, Pattern, Row
 from sdvg.cli import main
 from sdvg.types import Draft
 
@@ -58,6 +59,20 @@ def test_a_variant_that_gives_another_video_gets_no_figure(
         list(bench.measure(parts, variants=("original", "eager"), acceptances=(), blocks=3))
 
 
+def test_a_variant_that_gives_other_frames_gets_no_figure(parts: Parts) -> None:
+    decode = parts.decoder.decode
+
+    def brighter(latents: Tensor, state: object) -> tuple[Tensor, object]:
+        frames, after = decode(latents, state)
+        return frames + 0.1, after
+
+    rows = bench.measure(parts, variants=("eager", "original"), acceptances=(), blocks=2)
+    assert next(rows).variant == "eager"
+    parts.decoder.decode = brighter
+    with pytest.raises(RuntimeError, match=r"0\.1 off the last frames"):
+        next(rows)
+
+
 def test_the_command_prints_a_table_and_writes_csv(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +82,25 @@ def test_the_command_prints_a_table_and_writes_csv(
     assert capsys.readouterr().out.split()[:3] == ["variant", "acceptance", "fps"]
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["acceptance"] for row in rows] == ["target-only", "1"]
+    # no figure of memory where there is no GPU
+    assert [row["memory_gib"] for row in rows] == ["-", "-"]
+
+
+def test_ctrl_c_keeps_the_rows_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = bench.measure
+
+    def interrupted(*parts: object, **settings: object) -> Iterator[Row]:
+        yield next(measure(*parts, **settings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    out = tmp_path / "loop.csv"
+    command = ["bench", "loop", "--models", "tiny", "--blocks", "2", "--variants", "eager"]
+    assert main([*command, "--out", str(out)]) == 130
+    assert "interrupted; 1 rows were measured and are kept" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,6 +112,17 @@ def test_the_command_prints_a_table_and_writes_csv(
         ),
         (["--models", "tiny", "--acceptance", "2"], "acceptance must lie in [0, 1], got [2.0]"),
         (["--models", "tiny", "--out", "/no/such/folder/rows.csv"], "rows.csv cannot be written"),
+        (
+            ["--models", "tiny", "--device", "gpu"],
+            "a GPU of this machine such as cuda:1, got 'gpu'",
+        ),
+        (
+            ["--models", "tiny", "--device", "cuda:99"],
+            "of this machine such as cuda:1, got 'cuda:99'",
+        ),
+        (["--models", "tiny", "--blocks", "1"], "blocks must be at least 2, for the target makes"),
+        (["--models", "tiny", "--height", "33"], "height must be a multiple of 16, got 33"),
+        (["--models", "tiny", "--target", "14B"], "both models must be tiny or none, got tiny and"),
         (["--models", "tiny", "--variants", "slow"], "variants must be among original, eager"),
     ],
 )
