@@ -281,6 +281,17 @@ def eager_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     return (x.float() + branch.flatten(1, 2)).type_as(x)
 
 
+# --- rows in e4m3, op by op, as torchao's eager path ---
+
+
+def eager_quantised(x: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x` [N, K], or its tanh-GELU rounded to x's dtype, in e4m3 and the scales [N, 1]."""
+    if gelu:
+        x = F.gelu(x, approximate="tanh")
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 448
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 # --- a scorer's input ---
 
 

@@ -18,9 +18,9 @@ from benchmarks.harness import ROOT
 
 # seconds after which a benchmark begins no further case; together four minutes, so that the
 # build and the tests fit in nine
-BUDGETS = {"bench_attention": 110.0, "bench_cache": 40.0, "bench_loop": 30.0}
+BUDGETS = {"bench_attention": 80.0, "bench_cache": 30.0, "bench_loop": 30.0}
 # ... of those that are not named
-BUDGET = 20.0
+BUDGET = 12.0
 # what a last case may take beyond the budget before the process is ended
 GRACE = 60.0
 
