@@ -114,7 +114,11 @@ def best(rows: Sequence[Row]) -> list[Row]:
 def _figure(target: Target, value: float) -> str:
     if "%" in target.bound:
         return f"{value:.0%}"
-    return f"{value:.2f} us" if "us" in target.bound.split() else f"{value:.2f}x"
+    units = {"us": ".2f", "ms": ".0f", "s": ".2f", "FPS": ".1f"}
+    for unit in target.bound.split():
+        if unit in units:
+            return f"{value:{units[unit]}} {unit}"
+    return f"{value:.2f}x"
 
 
 def _provenance(rows: Sequence[Row]) -> list[str]:

@@ -114,6 +114,41 @@ def _in_eight_bits(row: Row) -> bool:
     return at(row) and "(bfloat16)" not in row.implementation
 
 
+def _milliseconds(row: Row, rows: Sequence[Row]) -> float | None:
+    return row.us / 1e3
+
+
+def _seconds(row: Row, rows: Sequence[Row]) -> float | None:
+    return row.us / 1e6
+
+
+def _frames_per_second(row: Row, rows: Sequence[Row]) -> float | None:
+    named = sizes(row.shape)
+    return 1e6 * named["frames"] / (row.us * named["blocks"])
+
+
+def _block(op: str, size: str, dtype: str) -> Callable[[Row], bool]:
+    shape = f"Wan {size} 480x832 B=1 window=6"
+    return lambda row: row.op == op and row.shape.startswith(shape) and row.dtype == dtype
+
+
+def _kept(kept: int, decided: int, dtype: str = "float8_e4m3fn") -> Callable[[Row], bool]:
+    """Return whether a row is the whole loop for Wan's 14B with this share of drafts kept."""
+
+    def about(row: Row) -> bool:
+        named = sizes(row.shape)
+        share = (named.get("kept"), named.get("decided")) == (kept, decided)
+        pair = row.op == "generate" and row.shape.startswith("Wan 1.3B for 14B 480x832")
+        return pair and share and row.dtype == dtype and row.implementation == "sdvg"
+
+    return about
+
+
+def _decoded(row: Row) -> bool:
+    fits = row.shape.startswith("B=1 F=12 H=480 W=832")
+    return row.op == "vae_decode" and fits and row.dtype == "bfloat16"
+
+
 _PENDING = _attention(B=1, T=14040, D=128, window=32760, blocks=3)
 _FEW = "attention bf16, T in {1, 16, 64}, S=16384"
 _ROPE = _starts("norm_rope")
@@ -201,4 +236,42 @@ TARGETS = (
         _against("clone-and-roll"),
         least=20,
     ),
+    Target(
+        "a draft block: Wan 1.3B, four steps and the clean pass, window of 6 frames",
+        "170 ms",
+        _block("draft_block", "1.3B", "bfloat16"),
+        _milliseconds,
+        most=170,
+    ),
+    Target(
+        "a target block: Wan 14B, the same, in e4m3",
+        "0.80 s",
+        _block("target_block", "14B", "float8_e4m3fn"),
+        _seconds,
+        most=0.80,
+    ),
+    Target(
+        "a target block: Wan 14B, the same, in bf16",
+        "1.25 s",
+        _block("target_block", "14B", "bfloat16"),
+        _seconds,
+        most=1.25,
+    ),
+    Target("a decoded block of 12 frames, 480x832", "120 ms", _decoded, _milliseconds, most=120),
+    Target(
+        "SDVG, 1.3B for 14B, 73.1% of the drafts kept (8 of 11), scorer not counted",
+        "16 FPS",
+        _kept(8, 11),
+        _frames_per_second,
+        least=16,
+    ),
+    Target("the same", "1.9x our own target-only", _kept(8, 11), _ratio, least=1.9),
+    Target(
+        "SDVG, 1.3B for 14B, 88.9% of the drafts kept (8 of 9), scorer not counted",
+        "24 FPS",
+        _kept(8, 9),
+        _frames_per_second,
+        least=24,
+    ),
+    Target("the same", "2.6x our own target-only", _kept(8, 9), _ratio, least=2.6),
 )

@@ -144,6 +144,7 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
     planned += [row(op, "B=64", "cuda", 1.0) for op in ("commit_", "select_")]
     counts = {target.what: sum(map(target.about, planned)) for target in TARGETS}
     elsewhere = {"rope", "modulation", "frames"}
+    elsewhere |= {what for what in counts if what.startswith(("a ", "SDVG"))}
     # a line "the same" is about what the line above it is about
     assert {what: count for what, count in counts.items() if what[:8] != "the same"} == {
         "attention bf16, H=12, B=1, T=4680, S 4680 to 32760": 4,
@@ -156,6 +157,38 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
         "rollback_ with undo, compact_, select_, stage_, 4680 rows x 30 layers": 4,
         **dict.fromkeys(elsewhere, 0),
     }
+
+
+def test_targets_of_the_loop_read_its_own_rows() -> None:
+    pair = "Wan 1.3B for 14B 480x832 B=1"
+    block = "480x832 B=1 window=6 steps=4 and a clean pass"
+    eight_bits = {"dtype": "float8_e4m3fn"}
+    rows = [
+        row("draft_block", f"Wan 1.3B {block}", "graphs", 160e3),
+        row("target_block", f"Wan 14B {block}", "graphs", 0.9e6, **eight_bits),
+        row("vae_decode", "B=1 F=12 H=480 W=832 C=96", "fused", 130e3),
+    ]
+    for kept, decided, us in ((8, 11, 0.5e6), (8, 9, 0.4e6)):
+        frames, blocks = 12 * decided + 9, decided + 1
+        shape = f"{pair} kept={kept} decided={decided} frames={frames} accelerated, graphs"
+        fields = eight_bits | {"ratio": 2.0}
+        rows.append(row("generate", f"{shape} blocks={blocks}", "sdvg", us, **fields))
+        rows.append(row("generate", f"{shape} blocks={blocks}", "draft-only", us, **fields))
+    judged = [
+        (target.bound, *found)
+        for target in TARGETS
+        for entry in rows
+        if (found := target.judge(entry, rows))
+    ]
+    assert judged == [
+        ("170 ms", 160.0, True),
+        ("0.80 s", 0.9, False),
+        ("120 ms", 130.0, False),
+        ("16 FPS", 23.5, True),
+        ("1.9x our own target-only", 2.0, True),
+        ("24 FPS", 29.25, True),
+        ("2.6x our own target-only", 2.0, False),
+    ]
 
 
 def test_the_page_is_what_the_committed_results_give() -> None:

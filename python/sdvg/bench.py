@@ -63,8 +63,9 @@ class Pattern:
 
     def __call__(self, draft: Draft) -> Tensor:
         """Return `accept` `[B]`."""
-        kept = int(draft.block * self.share + 1e-9) > int((draft.block - 1) * self.share + 1e-9)
-        return torch.full((len(draft.sequences),), kept)
+        # the nearest whole number of the drafts so far, block 0 not counted
+        before, kept = (int(n * self.share + 0.5) for n in (draft.block - 1, draft.block))
+        return torch.full((len(draft.sequences),), kept > before)
 
 
 class Parts(NamedTuple):
