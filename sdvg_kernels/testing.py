@@ -21,9 +21,11 @@ from sdvg_kernels import (
     commit_,
     compact_,
     gated_residual_layer_norm,
+    implementations,
     norm_rope,
     norm_rope_stage_,
     preprocess_frames,
+    quantize_rows,
     rollback_,
     rope_table,
     route_blocks,
@@ -270,6 +272,9 @@ def main() -> int:
             failed |= not _report(what, _check_rope, lane, dtype)
             what = f"gated_residual_layer_norm {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_modulation, lane, dtype)
+            if lane.device == "cpu" or not implementations()["quantize"][lane.implementation]:
+                what = f"quantize_rows {lane.name} {str(dtype)[6:]}"
+                failed |= not _report(what, _check_quantize, lane, dtype)
             what = f"preprocess_frames {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
@@ -384,6 +389,17 @@ def _check_modulation(lane: Lane, dtype: torch.dtype) -> None:
         names, (residual, normed), plain(torch.float32, dtype), exact, strict=True
     ):
         assert_within_budget(*values, name)
+
+
+def _check_quantize(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that rows are rounded, bit for bit, as the reference rounds them on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 600, generator=random).to(dtype)
+    x[1] = 0
+    out = quantize_rows(x.to(lane.device), implementation=lane.implementation)
+    expected = quantize_rows(x, implementation="reference")
+    for name, got, want in zip(("values", "scales"), out, expected, strict=True):
+        assert torch.equal(got.cpu().float(), want.float()), f"{name} are not the reference's"
 
 
 def _check_frames(lane: Lane, dtype: torch.dtype) -> None:

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers", reason="the Wan classes are diffusers'")
-
 from sdvg.models.linear import Fp8Linear, quantise, require_e4m3
 from sdvg.models.wan import CausalWan
 from sdvg_kernels import quantize_rows
