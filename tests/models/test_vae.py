@@ -14,6 +14,7 @@ pytest.importorskip("diffusers", reason="the VAE is diffusers'")
 
 import diffusers
 
+from benchmarks.wan_decoder import wan_decoder
 from sdvg.models import vae_fused
 from sdvg.models.vae import DecoderState, StreamingVAE
 from sdvg_kernels.testing import assert_within_budget
@@ -180,6 +181,16 @@ def test_a_video_goes_on_through_accelerate() -> None:
                 frames.append(made)
                 decoder.accelerate()
         torch.testing.assert_close(torch.cat(frames, 1), expected, rtol=0, atol=1e-10)
+
+
+def test_the_decoder_without_diffusers_has_its_names_and_sizes() -> None:
+    with torch.device("meta"):
+        own, theirs = wan_decoder(), diffusers.AutoencoderKLWan().decoder
+        shapes = [
+            {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+            for decoder in (own, theirs)
+        ]
+    assert shapes[0] == shapes[1]
 
 
 def test_an_unknown_decoder_stays_diffusers_and_says_so(
@@ -354,51 +365,3 @@ def test_half_precision_on_the_gpu_is_within_twice_diffusers_error(
     plain = whole(stock(layout, dtype).cuda(), video.cuda()).cpu()
     got, _ = streamed(fused(layout, dtype, "cuda"), video)
     assert_within_budget(got.cpu().to(dtype), plain.to(dtype), exact)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_graphs_equal_launches_bitwise(layout: str) -> None:
-    dtype = torch.bfloat16
-    video = latents(12, 8, 12).to("cuda", dtype)
-    expected, wanted = streamed(fused(layout, dtype, "cuda"), video)
-    decoder = fused(layout, dtype, "cuda").accelerate(graphs=True)
-    for _ in range(2):
-        state, frames = decoder.start(2), []
-        for block in video.split(3, 1):
-            # rejected
-            decoder.decode(torch.randn_like(block), state)
-            made, state = decoder.decode(block, state)
-            frames.append(made)
-        assert torch.equal(torch.cat(frames, 1), expected)
-        assert all(map(torch.equal, state.features, wanted.features))
-    rows = torch.tensor([1], device="cuda")
-    frames, _ = decoder.decode(video[rows, :3], decoder.take(state, rows))
-    launched = fused(layout, dtype, "cuda")
-    again, _ = launched.decode(video[rows, :3], launched.take(wanted, rows))
-    assert torch.equal(frames, again)
-    reasons = [found for found in decoder._graphs._captured.values() if isinstance(found, str)]
-    assert not reasons
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_decode_waits_for_nothing(graphs: bool) -> None:
-    video = latents(6, 8, 12).to("cuda", torch.bfloat16)
-    decoder = fused(dtype=torch.bfloat16, device="cuda").accelerate(graphs=graphs)
-    streamed(decoder, video)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        streamed(decoder, video)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_convolutions_stay_channels_last_on_the_gpu() -> None:
-    decoder = fused(dtype=torch.bfloat16, device="cuda")
-    conv = decoder.vae.decoder.conv_in
-    window = torch.randn(1, 5, 6, 7, conv.in_channels, device="cuda", dtype=torch.bfloat16)
-    out = torch.nn.functional.conv3d(window.permute(0, 4, 1, 2, 3), conv.weight, padding=(0, 1, 1))
-    assert out.permute(0, 2, 3, 4, 1).is_contiguous()

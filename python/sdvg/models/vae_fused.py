@@ -264,23 +264,22 @@ def _upsample(resample: nn.Module, hidden: Tensor, walk: _Walk, first: bool) -> 
     return _Stream(out.unflatten(0, (batch, frames * times)), conv.bias)
 
 
+_KNOWN = frozenset(
+    "WanCausalConv3d WanRMS_norm WanUpsample WanResample WanResidualBlock WanAttentionBlock "
+    "WanMidBlock WanUpBlock WanResidualUpBlock DupUp3D WanDecoder3d "
+    "Conv2d Dropout Identity ModuleList Sequential SiLU".split()
+)
+
+
 def _unknown(decoder: nn.Module) -> str:
     """Return what in a decoder the fused forward does not know, or ""."""
-    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
-
-    known = (
-        wan.WanCausalConv3d, wan.WanRMS_norm, wan.WanUpsample, wan.WanResample,
-        wan.WanResidualBlock, wan.WanAttentionBlock, wan.WanMidBlock, wan.WanUpBlock,
-        wan.WanResidualUpBlock, wan.DupUp3D, wan.WanDecoder3d,
-        nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU,
-    )  # fmt: skip
     for name, module in decoder.named_modules():
         # a subclass may have another forward
-        if type(module) not in known:
-            return f"{name}: {type(module).__name__}"
-        if isinstance(module, wan.WanRMS_norm) and isinstance(module.bias, Tensor):
+        if (kind := type(module).__name__) not in _KNOWN:
+            return f"{name}: {kind}"
+        if kind == "WanRMS_norm" and isinstance(module.bias, Tensor):
             return f"{name}: a norm with a bias"
-        if isinstance(module, wan.WanResample) and module.mode not in ("upsample2d", "upsample3d"):
+        if kind == "WanResample" and module.mode not in ("upsample2d", "upsample3d"):
             return f"{name}: {module.mode}"
     return ""
 
@@ -407,8 +406,6 @@ class DecoderGraphs:
     ) -> tuple[Tensor, Callable[[], None]]:
         """Capture `forward`; return what it returned, and what runs it again."""
         with torch.cuda.device(device):
-            # the graph's memory is a pool of its own: give back what the runs before it took
-            torch.cuda.empty_cache()
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
