@@ -1,4 +1,4 @@
-"""The command line: `sdvg generate | sweep | bench | env`; an error is a sentence, exit code 2."""
+"""The command line, `sdvg generate | sweep | tokens | ...`; an error is a sentence, exit code 2."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sdvg.schedule import Schedule, preset
 from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, digest, methods
 from sdvg.sweep import sweep as run_sweep
 from sdvg.sweep import write as write_sweep
+from sdvg.token_cli import add_commands as add_token_commands
 from sdvg.types import Router
 from sdvg.video import Aside
 
@@ -271,7 +272,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = _Parser("sdvg", description="Video generation by speculation: draft, score, repair.")
-    commands = top.add_subparsers(required=True, metavar="generate | sweep | bench | env")
+    commands = top.add_subparsers(required=True, metavar="generate | sweep | tokens | bench | env")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -318,6 +319,8 @@ def parser() -> argparse.ArgumentParser:
     add("--mean-thresholds", type=float, nargs="+", metavar="TAU", help="of the mean frame")
     add("--accept", type=float, nargs="+", metavar="P", help="probabilities of random routing")
     new.set_defaults(run=sweep)
+
+    add_token_commands(commands, common)
 
     new = commands.add_parser("bench", parents=[common], help="what the loop costs")
     add = new.add_argument

@@ -149,30 +149,65 @@ def sweep(
     """
     if count < 1:
         raise ValueError(f"sweep: prompts must be at least 1, got {count}")
-    settings = dict(settings) | {"blocks": blocks, "seed": seed}
-    store = folder / "videos.jsonl"
-    done = _resume(store, settings)
     texts = prompts(count)
-    left = [n for n in range(count) if any((n, line.key) not in done for line in lines)]
-    total = count * len(lines)
-    with store.open("a", encoding="utf-8") as file, tqdm(total=total, unit="video") as bar:
-        bar.update(sum((n, line.key) in done for n in range(count) for line in lines))
+    named = {line.key: line for line in lines}
+
+    def make(n: int, key: str, length: int = blocks) -> dict[str, object]:
+        return _video(pair, judge, named[key], texts[n], n, length, seed, options)
+
+    def warm_up(n: int) -> None:
+        for key in list(named)[:3]:
+            make(n, key, min(2, blocks))
+
+    settings = dict(settings) | {"blocks": blocks, "seed": seed}
+    done = fill(folder / "videos.jsonl", settings, list(named), count, make, warm_up)
+    return summarise(done, lines, count)
+
+
+def fill(
+    store: Path,
+    settings: Mapping[str, object],
+    keys: Sequence[str],
+    count: int,
+    make: Callable[[int, str], dict[str, object]],
+    warm_up: Callable[[int], None],
+) -> dict[tuple[int, str], dict[str, float]]:
+    """Make the video of every prompt 0 to `count` - 1 and method that `store` does not hold yet.
+
+    Args:
+        store: a file of JSON lines: the settings, then a video each, written as soon as it is made.
+        settings: all that decides a result beside the method and the prompt.
+        keys: the methods' names.
+        make: makes the video of (prompt's number, method); its result holds both as `prompt` and
+            `method`.
+        warm_up: called once with the number of the first prompt, if there is anything to make.
+
+    Returns (prompt's number, method) -> what `make` gave.
+
+    Raises ValueError for a store with other settings, or that is none.
+    """
+    done = _resume(store, settings)
+    left = [n for n in range(count) if any((n, key) not in done for key in keys)]
+    with (
+        store.open("a", encoding="utf-8") as file,
+        tqdm(total=count * len(keys), unit="video") as bar,
+    ):
+        bar.update(sum((n, key) in done for n in range(count) for key in keys))
         if left:
-            for line in lines[:3]:
-                _video(pair, judge, line, texts[left[0]], left[0], min(2, blocks), seed, options)
+            warm_up(left[0])
         for n in left:
             # no method always comes first
-            first = n % len(lines)
-            for line in [*lines[first:], *lines[:first]]:
-                if (n, line.key) in done:
+            first = n % len(keys)
+            for key in [*keys[first:], *keys[:first]]:
+                if (n, key) in done:
                     continue
-                video = _video(pair, judge, line, texts[n], n, blocks, seed, options)
-                done[n, line.key] = video
+                video = make(n, key)
+                done[n, key] = video
                 file.write(json.dumps(video) + "\n")
                 file.flush()
-                bar.set_postfix_str(line.key)
+                bar.set_postfix_str(key)
                 bar.update()
-    return summarise(done, lines, count)
+    return done
 
 
 def summarise(
@@ -180,7 +215,7 @@ def summarise(
 ) -> list[Row]:
     """Return one row for each of `lines` from the videos of prompts 0 to `count` - 1."""
     quality, seconds = _matrices(videos, lines, count)
-    drawn = _resamples(count)
+    drawn = resamples(count)
     target = next(i for i, line in enumerate(lines) if line.name == "target")
     rows = []
     for i, line in enumerate(lines):
@@ -214,7 +249,7 @@ def gains(
     between its lines (outside them: the nearest).
     """
     quality, seconds = _matrices(videos, lines, count)
-    drawn = _resamples(count)
+    drawn = resamples(count)
     speed = 1 / seconds.mean(1)
     chance = [i for i, line in enumerate(lines) if line.name == "random"]
     chance.sort(key=lambda i: speed[i])
@@ -388,7 +423,7 @@ def _matrices(
     return quality, np.array([[video["seconds"] for video in mine] for mine in each])
 
 
-def _resamples(count: int) -> np.ndarray:
+def resamples(count: int) -> np.ndarray:
     """Return prompt numbers `[RESAMPLES, count]` drawn with replacement, always the same."""
     return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
 

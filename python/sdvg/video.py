@@ -195,6 +195,20 @@ class ContactSheet:
         sheet.save(path, format="PNG")
 
 
+def save_strip(path: Path, frames: Tensor) -> None:
+    """Write `frames` side by side as a PNG, tiny ones enlarged. ImportError without Pillow."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("video: the picture needs Pillow: pip install pillow") from error
+    thumbs = [_thumb(Image.fromarray(image)) for image in pixels(frames)]
+    width, height = thumbs[0].size
+    strip = Image.new("RGB", (len(thumbs) * (width + 2) - 2, height), _PAPER)
+    for place, thumb in enumerate(thumbs):
+        strip.paste(thumb, (place * (width + 2), 0))
+    strip.save(path, format="PNG")
+
+
 def _fitted(text: str, room: float, length: Callable[[str], float]) -> str:
     """Return `text` in one line, cut with an ellipsis where its `length` exceeds `room`."""
     line = " ".join(text.split())

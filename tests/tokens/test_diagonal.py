@@ -164,9 +164,9 @@ def _forward(
     fed_in = torch.cat((fed_in[:-1], torch.tensor([place])))
     sees = (slots <= slots[:, None]) & (step[slots] < fed_in[:, None])
     sees |= torch.eye(len(slots), dtype=torch.bool)
-    model.new_cache(len(ids), int(slots.max()) + 1)
+    cache = model.new_cache(len(ids), int(slots.max()) + 1)
     x = model.embedding(ids)
-    cos, sin = (part[slots] for part in model._table())
+    cos, sin = cache.cos[slots], cache.sin[slots]
     for layer in model.layers:
         query, key, value = layer.project(x, (cos, sin))
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -58,11 +58,13 @@ COSMOS = {
 class TokenCache(NamedTuple):
     """K and V of all layers `[layers, B, slots + 1, kv_heads, head_dim]`; padding is written last.
 
-    Nothing ever reads the last slot.
+    Nothing ever reads the last slot. `cos` and `sin` `[slots, 1, head_dim]` are the slots' angles.
     """
 
     k: Tensor
     v: Tensor
+    cos: Tensor
+    sin: Tensor
 
     @property
     def slots(self) -> int:
@@ -119,7 +121,6 @@ class TokenLlama(nn.Module):
         self.layers = nn.ModuleList(_Layer(sizes) for _ in range(sizes.layers))
         self.norm = nn.Parameter(torch.ones(sizes.width))
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
-        self._angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -141,11 +142,11 @@ class TokenLlama(nn.Module):
                 f"tokens: slots must be at most {most}, the positions of a grid of "
                 f"{list(sizes.grid)}, got {slots}; decode fewer frames, or set a shorter context"
             )
-        table = angles(sizes, slots)
-        self._angles = tuple(part.to(self.device, dtype) for part in table)
+        table = (part.to(self.device, dtype) for part in angles(sizes, slots))
         shape = (sizes.layers, batch, slots + 1, sizes.kv_heads, sizes.head_dim)
         # zeros: what is masked must not be NaN times 0
-        return TokenCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv"))
+        tensors = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
+        return TokenCache(*tensors, *table)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: TokenCache) -> None:
@@ -153,7 +154,7 @@ class TokenLlama(nn.Module):
         length = ids.shape[1]
         if not length:
             return
-        cos, sin = (part[:length] for part in self._table())
+        cos, sin = cache.cos[:length], cache.sin[:length]
         x = self.embedding(ids)
         for i, layer in enumerate(self.layers):
             query, key, value = layer.project(x, (cos, sin))
@@ -193,7 +194,7 @@ class TokenLlama(nn.Module):
         """
         batch = torch.arange(len(ids), device=ids.device)[:, None]
         place = torch.where(slots < 0, cache.slots, slots).long()
-        cos, sin = (part[slots.clamp(min=0)] for part in self._table())
+        cos, sin = (part[slots.clamp(min=0)] for part in (cache.cos, cache.sin))
         seen = cache.slots if length is None else length
         masked = ids.device.type == "cpu"
         mask = None
@@ -214,11 +215,6 @@ class TokenLlama(nn.Module):
                 out = diagonal_attention(query, k_cache, v_cache, slots, steps, grid, mode=mode)
             x = layer.feed(x, out)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.sizes.eps))
-
-    def _table(self) -> tuple[Tensor, Tensor]:
-        if self._angles is None:
-            raise RuntimeError("tokens: a cache must be made first, got none; call new_cache")
-        return self._angles
 
 
 def angles(sizes: LlamaSizes, slots: int) -> tuple[Tensor, Tensor]:

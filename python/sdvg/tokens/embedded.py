@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdvg.models.embedded.tokens import ACTIONS, HEIGHT, WIDTH, VideoTokens
-from sdvg.models.tokens import from_transformers
+from sdvg.models.tokens import TokenLlama, from_transformers
 from sdvg.tokens.diagonal import Actions, DiagonalDecoder, Generation, Layout, Sampling
 
 # what its card says
@@ -33,16 +33,20 @@ class EmbeddedVideos:
 
     Args:
         models: `sdvg.models.embedded.tokens.load()`.
+        model: its Llama over a static cache, to be shared by several; None: made here.
         options: of `DiagonalDecoder`: k, mode, row_start, context, ...; `sampling` is the card's
             by default.
     """
 
-    def __init__(self, models: VideoTokens, **options: object) -> None:
+    def __init__(
+        self, models: VideoTokens, model: TokenLlama | None = None, **options: object
+    ) -> None:
         self.models = models
         layout = Layout(HEIGHT, WIDTH, models.codes, extra=1)
         options = {"sampling": SAMPLING, **options}
-        self.decoder = DiagonalDecoder(from_transformers(models.model), layout, **options)
-        # which frames were shown, and what the loop itself counted
+        model = from_transformers(models.model) if model is None else model
+        self.decoder = DiagonalDecoder(model, layout, **options)
+        # the newest one
         self.running: Generation | None = None
 
     def generate(

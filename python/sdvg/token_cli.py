@@ -1,0 +1,260 @@
+"""`sdvg tokens generate | sweep`: videos of the embedded token model, the table of its orders."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdvg import env
+from sdvg.console import Interrupts, asked, output_paths, prepare, warn_of_prompts
+from sdvg.sweep import digest
+from sdvg.token_sweep import QUICK, WIDTHS, Line, lines, write
+from sdvg.token_sweep import sweep as run_sweep
+from sdvg.tokens import Sampling
+from sdvg.tokens.diagonal import MODES
+from sdvg.video import Aside, VideoWriter, save_strip
+
+if TYPE_CHECKING:
+    from sdvg.models.embedded.tokens import VideoTokens
+    from sdvg.models.tokens import TokenLlama
+    from sdvg.tokens.embedded import EmbeddedVideos, Shown
+
+ORDERS = tuple(mode for mode in MODES if mode != "raster")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make one video for each prompt, with its frames in a row and a report."""
+    from sdvg.models import embedded
+    from sdvg.tokens.embedded import EmbeddedVideos
+
+    paths = output_paths(args.out, len(args.prompt))
+    actions = _actions(args.action, args.frames).expand(len(args.prompt), -1)
+    with Aside() as aside, Interrupts() as interrupts:
+        files = [
+            {kind: aside.create(path.with_suffix(f".{kind}")) for kind in ("mp4", "png", "json")}
+            for path in paths
+        ]
+        models = _load(args, tuned=args.tuned)
+        warn_of_prompts(embedded.WEIGHTS, args.prompt)
+        videos = EmbeddedVideos(
+            models, k=None if args.mode == "raster" else args.k, mode=args.mode,
+            row_start=args.row_start, sampling=_sampling(args), context=args.context,
+            keep=args.keep,
+        )  # fmt: skip
+        writers = [VideoWriter(kinds["mp4"], fps=args.fps) for kinds in files]
+        shown: list[Shown] = []
+        interrupted, began = False, time.perf_counter()
+        try:
+            frames = videos.generate(
+                args.prompt, frames=args.frames, actions=actions, seed=args.seed
+            )
+            for frame in tqdm(frames, total=args.frames, unit="frame", desc="generate"):
+                # a frame is in every file or in none
+                with interrupts.held():
+                    for writer, pixels in zip(writers, frame.frames, strict=True):
+                        writer.write(pixels[None])
+                    shown.append(frame)
+        except KeyboardInterrupt:
+            interrupted = True
+        interrupts.ignore()
+        if not shown:
+            raise KeyboardInterrupt
+        seconds = time.perf_counter() - began
+        summary = _summary(videos, shown, seconds, len(paths))
+        for row, (kinds, writer) in enumerate(zip(files, writers, strict=True)):
+            writer.close()
+            save_strip(kinds["png"], torch.cat([frame.frames[row : row + 1] for frame in shown]))
+            report = {
+                "prompt": args.prompt[row],
+                "sequence": row,
+                "interrupted": interrupted,
+                "arguments": asked(args),
+                "versions": env.versions() | {"device": str(models.model.device)},
+                "summary": summary,
+            }
+            text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+            kinds["json"].write_text(text + "\n", encoding="utf-8")
+        aside.keep()
+    for path in paths:
+        print(*(path.with_suffix(suffix) for suffix in (".mp4", ".png", ".json")), sep="\n")
+    print(
+        f"{len(shown)} frames in {seconds:.2f} s: {summary['passes']} passes, "
+        f"{summary['tokens_per_pass']:.1f} tokens a pass, "
+        f"{summary['tokens_per_second']:.0f} tokens/s"
+    )
+    if interrupted:
+        print(
+            f"sdvg: interrupted; {len(shown)} of {args.frames} frames were finished and are kept",
+            file=sys.stderr,
+        )
+    return 130 if interrupted else 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Write the table of modes, k and weights: diagonal.csv, diagonal.md, plot and frames."""
+    from sdvg.models import embedded
+    from sdvg.models.embedded import tokens
+    from sdvg.models.tokens import from_transformers
+    from sdvg.tokens.embedded import EmbeddedVideos
+
+    count = (2 if args.quick else 40) if args.prompts is None else args.prompts
+    frames = (2 if args.quick else tokens.FRAMES) if args.frames is None else args.frames
+    widths = args.k or (QUICK if args.quick else WIDTHS)
+    weights = {"no": (False,), "yes": (True,), "both": (False, True)}[args.tuned]
+    table = lines(args.modes, widths, weights, tokens.WIDTH)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {args.out} cannot be made: {error.strerror.lower()}") from error
+    loaded: dict[bool, tuple[VideoTokens, TokenLlama]] = {}
+    for tuned in {line.tuned for line in table}:
+        models = _load(args, tuned=tuned)
+        loaded[tuned] = models, from_transformers(models.model)
+    sampling = _sampling(args)
+
+    def videos(line: Line) -> EmbeddedVideos:
+        k = None if line.mode == "raster" else line.k
+        return EmbeddedVideos(
+            *loaded[line.tuned], k=k, mode=line.mode, row_start=args.row_start, sampling=sampling
+        )
+
+    # k that cannot be is refused before minutes of work
+    for line in table:
+        videos(line)
+    device = loaded[False][0].model.device
+    settings: Mapping[str, object] = {
+        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(sampling),
+        "dtype": args.dtype, "row start": args.row_start, "torch": torch.__version__,
+        "machine": env.gpu() if device.type == "cuda" else env.processor(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    judge = partial(embedded.quality, stride=tokens.STRIDE)
+    try:
+        rows = run_sweep(
+            videos, judge, args.out, lines=table, count=count, frames=frames,
+            tokens=tokens.HEIGHT * tokens.WIDTH, seed=args.seed, settings=settings,
+        )  # fmt: skip
+        about = (
+            f"{count} prompts, {frames} frames of {tokens.HEIGHT * tokens.WIDTH} tokens each, seed "
+            f"{args.seed}; "
+            + ", ".join(f"{name} {value}" for name, value in settings.items())
+            + ". Made by `sdvg tokens sweep`."
+        )
+        print(*write(args.out, rows, about), sep="\n")
+    except KeyboardInterrupt:
+        store = args.out / "diagonal.jsonl"
+        # its first line holds the settings
+        if not store.is_file() or store.read_bytes().count(b"\n") < 2:
+            raise
+        print(
+            f"sdvg: interrupted; the finished videos are kept in {store}, "
+            "and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def add_commands(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+) -> None:
+    """Add `tokens generate` and `tokens sweep` to the command line."""
+    top = commands.add_parser("tokens", help="token grids, decoded along diagonals")
+    inner = top.add_subparsers(required=True, metavar="generate | sweep")
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    add("--row-start", choices=("newest", "above"), default="newest",
+        help="what stands in for the end of the row above while that is not there")  # fmt: skip
+    add("--temperature", type=float, default=0.9, help="0 takes the likeliest token")
+    add("--top-k", type=int)
+    add("--top-p", type=float, default=1.0)
+    add("--guidance", type=float, default=1.5)
+    add("--seed", type=int, default=0)
+    # the embedded model is too small for more, and threads that wait for each other slow it
+    add("--threads", type=int, default=1, help="CPU threads of torch")
+
+    new = inner.add_parser("generate", parents=[common, shared], help="make videos")
+    add = new.add_argument
+    add("prompt", nargs="+", help="several prompts make one batch, written to NAME-1.mp4, ...")
+    add(
+        "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
+    )
+    add("--mode", default="spatial", help=f"one of {', '.join(MODES)}")
+    add("--k", type=int, default=2, help="tokens that a row waits for the row above, 1 to 16")
+    add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
+    add("--frames", type=int, default=8)
+    add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
+        help="turn from that frame on, as in 3=up left,quickly; may be repeated")  # fmt: skip
+    add("--context", type=int, help="slots of the cache; a longer video slides on")
+    add("--keep", type=int, default=1, help="frames that are kept when the context slides")
+    add("--fps", type=int, default=4)
+    new.set_defaults(run=generate)
+
+    new = inner.add_parser("sweep", parents=[common, shared], help="mode and k: passes and quality")
+    add = new.add_argument
+    add("--out", type=Path, default=Path("tokens-sweep"), metavar="FOLDER")
+    add("--modes", nargs="+", choices=ORDERS, default=ORDERS, metavar="MODE")
+    add("--k", type=int, nargs="+")
+    add("--tuned", choices=("no", "yes", "both"), default="both", help="which weights")
+    add("--prompts", type=int, help="default 40; with --quick 2")
+    add("--frames", type=int, help="default 8; with --quick 2")
+    add("--quick", action="store_true", help="few prompts, frames and k")
+    new.set_defaults(run=sweep)
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
+
+
+def _load(args: argparse.Namespace, *, tuned: bool) -> VideoTokens:
+    device = prepare(args)
+    from sdvg.models.embedded import tokens
+
+    return tokens.load(tuned=tuned, device=device, dtype=getattr(torch, args.dtype))
+
+
+def _actions(given: Sequence[str], frames: int) -> Tensor:
+    """Return indices [1, frames - 1] into `ACTIONS` from texts such as `3=up left,quickly`."""
+    from sdvg.models.embedded.tokens import ACTIONS
+
+    actions = torch.zeros(1, max(0, frames - 1), dtype=torch.int64)
+    for text in given:
+        place, _, action = text.partition("=")
+        way = tuple(part.strip() for part in action.split(","))
+        if not place.isdecimal() or not 1 <= int(place) < frames or way not in ACTIONS:
+            raise ValueError(
+                f"action: must be FRAME=DIRECTION,SPEED with a frame from 1 to {frames - 1}, "
+                f"got {text!r}; such as 3=up left,quickly"
+            )
+        actions[0, int(place) - 1] = ACTIONS.index(way)
+    return actions
+
+
+def _summary(
+    videos: EmbeddedVideos, shown: Sequence[Shown], seconds: float, batch: int
+) -> dict[str, float | int]:
+    """Return what happened; times in seconds."""
+    layout, passes = videos.decoder.layout, shown[-1].passes
+    tokens = len(shown) * batch * layout.height * layout.width
+    return {
+        "frames": len(shown),
+        "sequences": batch,
+        "passes": passes,
+        "tokens_per_pass": tokens / passes,
+        "tokens_per_second": tokens / seconds,
+        "loop_seconds": shown[-1].seconds,
+        "seconds": seconds,
+    }

@@ -1,0 +1,319 @@
+"""Diagonal decoding of the embedded token model: passes, time and quality against raster order.
+
+Every line makes the video of the same prompt from the same keyed noise, a token's noise being keyed
+by its place, one after another, so that a slow minute of the machine meets them all. Seconds are
+wall clock of one video alone, prompt and decoding to pixels included. Intervals are 95% percentile
+bootstraps over prompts, with the same resamples for all lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdvg.sweep import Judged, fill, prompts, resamples
+from sdvg.tokens.embedded import Shown
+from sdvg.video import pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "mode", "k", "tuned", "passes", "tokens_per_second", "seconds",
+    "quality", "quality_low", "quality_high", "videos",
+)  # fmt: skip
+WIDTHS = (1, 2, 4, 8)
+QUICK = (1, 4)
+# the first prompts, whose frames are kept for the picture
+PICTURED = 3
+
+
+class Line(NamedTuple):
+    """One line of the table; `k` is the width for raster order."""
+
+    mode: str
+    k: int
+    tuned: bool = False
+
+    @property
+    def key(self) -> str:
+        """The line's name in the file of videos."""
+        return f"{self.mode} {self.k}{' tuned' if self.tuned else ''}"
+
+
+class Row(NamedTuple):
+    """One line of diagonal.csv; means per video, and `kept` of raster's quality."""
+
+    line: Line
+    passes: int
+    tokens_per_second: float
+    seconds: float
+    quality: float
+    quality_low: float
+    quality_high: float
+    videos: int
+    kept: float
+    kept_low: float
+    kept_high: float
+
+
+class Videos(Protocol):
+    """What makes the videos of a line (`sdvg.tokens.embedded.EmbeddedVideos`)."""
+
+    def generate(
+        self, prompts: Sequence[str], *, frames: int, seed: int, sequences: Sequence[int]
+    ) -> Sequence[Shown]:
+        """Yield the frames of a video for each prompt."""
+        ...
+
+
+def lines(
+    modes: Sequence[str], widths: Sequence[int], tuned: Sequence[bool], width: int
+) -> list[Line]:
+    """Return the table's lines: raster order of the stock model, then each mode, k and weights."""
+    made = [Line("raster", width)]
+    made += [Line(mode, k, how) for how in tuned for mode in modes for k in widths]
+    return made
+
+
+def sweep(
+    videos: Callable[[Line], Videos],
+    judge: Callable[[Tensor, str], Judged],
+    folder: Path,
+    *,
+    lines: Sequence[Line],
+    count: int,
+    frames: int,
+    tokens: int,
+    seed: int,
+    settings: Mapping[str, object],
+) -> list[Row]:
+    """Make every video that `folder/diagonal.jsonl` does not hold yet, and return the table.
+
+    Args:
+        videos: gives what makes a line's videos, once for each line.
+        tokens: of a frame.
+        settings: all that decides a result beside the line and the prompt: a folder begun with
+            others is refused.
+
+    Raises ValueError for fewer than one prompt or a line twice, or a folder with other settings.
+    """
+    if count < 1:
+        raise ValueError(f"sweep: prompts must be at least 1, got {count}")
+    named = {line.key: line for line in lines}
+    if len(named) < len(lines):
+        raise ValueError(f"sweep: lines must differ, got {[line.key for line in lines]}")
+    texts, makers = prompts(count), {}
+
+    def make(n: int, key: str, length: int = frames) -> dict[str, object]:
+        maker = makers[key] if key in makers else makers.setdefault(key, videos(named[key]))
+        began = time.perf_counter()
+        shown = list(maker.generate([texts[n]], frames=length, seed=seed, sequences=[n]))
+        seconds = time.perf_counter() - began
+        video = torch.cat([frame.frames for frame in shown])
+        if n < PICTURED and length == frames:
+            _keep(folder, n, key, video)
+        judged = judge(video, texts[n])
+        judged = judged._asdict() if hasattr(judged, "_asdict") else {"value": judged.value}
+        return {
+            "prompt": n,
+            "method": key,
+            "seconds": round(seconds, 5),
+            "passes": shown[-1].passes,
+            **{name: round(float(number), 5) for name, number in judged.items()},
+        }
+
+    def warm_up(n: int) -> None:
+        # every line has widths of its own, and may have weights
+        for key in named:
+            make(n, key, 1)
+
+    settings = {**settings, "frames": frames, "seed": seed}
+    done = fill(folder / "diagonal.jsonl", settings, list(named), count, make, warm_up)
+    return summarise(done, lines, count, frames * tokens)
+
+
+def summarise(
+    videos: Mapping[tuple[int, str], Mapping[str, float]],
+    lines: Sequence[Line],
+    count: int,
+    tokens: int,
+) -> list[Row]:
+    """Return one row for each of `lines`, the first being what the others are held to."""
+    each = [[videos[n, line.key] for n in range(count)] for line in lines]
+    quality = np.array([[video["value"] for video in mine] for mine in each])
+    drawn = resamples(count)
+    whole = quality[0][drawn].mean(1)
+    rows = []
+    for line, mine, values in zip(lines, each, quality, strict=True):
+        means = values[drawn].mean(1)
+        seconds = float(np.mean([video["seconds"] for video in mine]))
+        # raster's own quality may be 0 in a resample of few videos
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kept, ratios = values.mean() / quality[0].mean(), means / whole
+        rows.append(
+            Row(
+                line,
+                round(float(np.mean([video["passes"] for video in mine]))),
+                tokens / seconds,
+                seconds,
+                float(values.mean()),
+                *map(float, np.percentile(means, (2.5, 97.5))),
+                count,
+                float(kept),
+                *map(float, np.percentile(ratios, (2.5, 97.5))),
+            )
+        )
+    return rows
+
+
+def write(folder: Path, rows: Sequence[Row], about: str) -> list[Path]:
+    """Write diagonal.csv, diagonal.md, the plot and the frames side by side; return their paths.
+
+    Raises ImportError where matplotlib is missing, before anything is written.
+    """
+    figures = {"diagonal": plot(rows)}
+    pictured = _pictured(folder, rows)
+    if pictured is not None:
+        figures["diagonal-frames"] = pictured
+    partial = {name: folder / f"{name}.partial" for name in ("diagonal.csv", "diagonal.md")}
+    with partial["diagonal.csv"].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(_cells(row) for row in rows)
+    partial["diagonal.md"].write_text(_table(rows, about), encoding="utf-8")
+    for name, figure in figures.items():
+        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            partial[f"{name}.{kind}"] = folder / f"{name}.{kind}.partial"
+            figure.savefig(partial[f"{name}.{kind}"], format=kind, **options)
+    for name, path in partial.items():
+        os.replace(path, folder / name)
+    return [folder / name for name in partial]
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Return quality against passes with 95% intervals; ImportError without matplotlib."""
+    figure = _figure((8, 5))
+    axes = figure.add_subplot()
+    colours = {
+        "raster": "#1c1c1c", "spatial": "#2e9e44", "spatiotemporal": "#2f6fb7",
+        "zipar": "#d3782c", "scd": "#8c3fb7",
+    }  # fmt: skip
+    for mode, tuned in dict.fromkeys((row.line.mode, row.line.tuned) for row in rows):
+        mine = [row for row in rows if (row.line.mode, row.line.tuned) == (mode, tuned)]
+        mine.sort(key=lambda row: row.passes)
+        quality = [row.quality for row in mine]
+        below = [row.quality - row.quality_low for row in mine]
+        over = [row.quality_high - row.quality for row in mine]
+        axes.errorbar(
+            [row.passes for row in mine], quality, yerr=[below, over],
+            label=f"{mode}{', fine-tuned' if tuned else ''}", color=colours.get(mode, "#a8a8a8"),
+            marker="*" if mode == "raster" else "s" if tuned else "o",
+            markersize=11 if mode == "raster" else 5, linestyle="--" if tuned else "-",
+            linewidth=1.2, elinewidth=0.7, capsize=2,
+        )  # fmt: skip
+        for row in mine if mode != "raster" else ():
+            axes.annotate(
+                f"k={row.line.k}", (row.passes, row.quality), xytext=(4, 5),
+                textcoords="offset points", fontsize=7, color=colours.get(mode, "#a8a8a8"),
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("passes of the model per video")
+    axes.set_ylabel("quality (judge, 0 to 1)")
+    axes.set_title(f"Quality against passes, {rows[0].videos} prompts, 95% confidence", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("sweep: the plot needs matplotlib: pip install 'sdvg[plots]'") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _keep(folder: Path, n: int, key: str, video: Tensor) -> None:
+    """Keep a video's frames for the picture."""
+    (folder / "frames").mkdir(exist_ok=True)
+    np.save(_kept(folder, n, key), pixels(video))
+
+
+def _kept(folder: Path, n: int, key: str) -> Path:
+    return folder / "frames" / f"{n}-{key.replace(' ', '-')}.npy"
+
+
+def _pictured(folder: Path, rows: Sequence[Row]) -> Figure | None:
+    """Return frames of the first prompts, a line below the other; None where none are kept."""
+    texts = prompts(min(PICTURED, rows[0].videos))
+    strips = [
+        (row.line, n, np.concatenate(list(np.load(_kept(folder, n, row.line.key))), 1))
+        for n in range(len(texts))
+        for row in rows
+        if _kept(folder, n, row.line.key).is_file()
+    ]
+    if not strips:
+        return None
+    figure = _figure((8, 0.55 * len(strips) + 0.5))
+    grid = figure.subplots(len(strips), 1, squeeze=False)
+    for axes, (line, n, strip) in zip(grid[:, 0], strips, strict=True):
+        axes.imshow(strip, interpolation="nearest", aspect="equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_ylabel(line.key, rotation=0, ha="right", va="center", fontsize=7)
+        if line.mode == "raster":
+            axes.set_title(texts[n], fontsize=8)
+    return figure
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return a row's text, column by column."""
+    return (
+        row.line.mode,
+        str(row.line.k),
+        str(row.line.tuned).lower(),
+        str(row.passes),
+        f"{row.tokens_per_second:.1f}",
+        f"{row.seconds:.4f}",
+        f"{row.quality:.4f}",
+        f"{row.quality_low:.4f}",
+        f"{row.quality_high:.4f}",
+        str(row.videos),
+    )
+
+
+def _table(rows: Sequence[Row], about: str) -> str:
+    text = [
+        "# Passes, time and quality of diagonal decoding\n",
+        f"{about}\n",
+        "Quality is the judge's, with a 95% interval; `kept` is the share of raster order's.\n",
+        "| mode | k | tuned | passes | fewer | tokens/s | s/video | quality | 95% | kept | 95% |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mode, k, tuned, passes, speed, seconds, quality, low, high, _ = _cells(row)
+        text.append(
+            f"| {mode} | {k} | {tuned} | {passes} | {rows[0].passes / row.passes:.1f}x | {speed} "
+            f"| {seconds} | {quality} | {low} to {high} | {row.kept:.1%} "
+            f"| {row.kept_low:.1%} to {row.kept_high:.1%} |"
+        )
+    text.append("")
+    for tuned, share in ((False, 0.95), (True, 0.98)):
+        fast = [row for row in rows if row.line.tuned == tuned and rows[0].passes >= 8 * row.passes]
+        best = max(fast, key=lambda row: row.quality, default=None)
+        if best is not None:
+            text.append(
+                f"- 8x fewer passes, {'fine-tuned' if tuned else 'training-free'}: "
+                f"{best.line.key} keeps {best.kept:.1%} of raster's quality "
+                f"(target {share:.0%}: {'yes' if best.kept >= share else 'no'})"
+            )
+    return "\n".join(text) + "\n"

@@ -1,0 +1,151 @@
+"""`sdvg tokens`: what it writes, how it goes on, and its sentences."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers", reason="the tokenizer is a diffusers class")
+pytest.importorskip("transformers", reason="the model is a transformers class")
+pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
+pytest.importorskip("av", reason="the videos are PyAV's")
+
+from sdvg import token_sweep as room
+from sdvg.cli import main
+from sdvg.token_sweep import COLUMNS, Line, lines, summarise, sweep, write
+from sdvg.tokens.embedded import Shown
+
+
+def test_generate_writes_a_video_its_frames_and_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import av
+
+    out = tmp_path / "seven.mp4"
+    arguments = ["tokens", "generate", "a seven moving left", "--k", "1", "--frames", "2"]
+    arguments += ["--mode", "spatiotemporal", "--action", "1=up,quickly", "--out", str(out)]
+    assert main(arguments) == 0
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".mp4", ".png"]
+    with av.open(str(out)) as video:
+        assert len(list(video.decode(video=0))) == 2
+    report = json.loads(out.with_suffix(".json").read_text())
+    # (2 * 16 - 1) k + 16
+    assert report["summary"]["passes"] == 47
+    assert report["arguments"]["action"] == ["1=up,quickly"]
+    assert "2 frames in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--k", "0"], "diagonal_schedule: k must be in [1, width 16], got 0"),
+        (
+            ["--mode", "rows"],
+            "diagonal: mode must be one of raster, spatial, spatiotemporal, zipar",
+        ),
+        (["--action", "9=up,quickly"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
+        (["--action", "1=sideways"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
+        (["--context", "100"], "diagonal: context must hold at least 280 slots, the prompt and on"),
+        (["--temperature", "-1"], "sample_tokens: temperature must be finite and at least 0, got"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "a.mp4")]
+    assert main(["tokens", "generate", "a seven", *out, *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"sdvg: {text}")
+    assert not list(tmp_path.iterdir())
+
+
+class Quality(NamedTuple):
+    value: float
+
+
+class Fake:
+    """Frames whose brightness says which line, which prompt and which frame they are."""
+
+    made: ClassVar[list[tuple[str, int, int]]] = []
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+
+    def generate(
+        self, prompts: list[str], *, frames: int, seed: int, sequences: list[int]
+    ) -> list[Shown]:
+        Fake.made.append((self.line.key, sequences[0], frames))
+        level = (self.line.k + sequences[0]) / 32
+        passes = 10 * self.line.k
+        return [Shown(i, torch.full((1, 3, 8, 8), level), passes, 0.1) for i in range(frames)]
+
+
+def judge(frames: Tensor, prompt: str) -> Quality:
+    return Quality(float(frames.mean()))
+
+
+LINES = lines(("spatial", "zipar"), (1, 2), (False, True), 16)
+
+
+def run(folder: Path, count: int = 2, **changed: object) -> list[room.Row]:
+    options = {"frames": 3, "tokens": 4, "seed": 0, "settings": {"a": 1}, **changed}
+    return sweep(Fake, judge, folder, lines=LINES, count=count, **options)
+
+
+def test_sweep_writes_the_table_the_plot_and_the_frames(tmp_path: Path) -> None:
+    rows = run(tmp_path)
+    files = write(tmp_path, rows, "About this run.")
+    assert sorted(path.name for path in files) == [
+        "diagonal-frames.png", "diagonal-frames.svg", "diagonal.csv", "diagonal.md",
+        "diagonal.png", "diagonal.svg",
+    ]  # fmt: skip
+    with (tmp_path / "diagonal.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert (
+        ",".join(table[0])
+        == ",".join(COLUMNS)
+        == ("mode,k,tuned,passes,tokens_per_second,seconds,quality,quality_low,quality_high,videos")
+    )
+    assert [(row["mode"], row["k"], row["tuned"]) for row in table[:4]] == [
+        ("raster", "16", "false"), ("spatial", "1", "false"), ("spatial", "2", "false"),
+        ("zipar", "1", "false"),
+    ]  # fmt: skip
+    assert len(table) == 9
+    assert [row["passes"] for row in table[:2]] == ["160", "10"]
+    # the mean over prompts 0 and 1
+    assert float(table[1]["quality"]) == pytest.approx(1.5 / 32, abs=1e-4)
+    assert "About this run." in (tmp_path / "diagonal.md").read_text()
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    store = tmp_path / "diagonal.jsonl"
+    # a crash cut the last line
+    store.write_text(store.read_text()[:-5])
+    Fake.made.clear()
+    again = run(tmp_path)
+    # after the warm-up of one frame each
+    assert len([made for made in Fake.made if made[2] == 3]) == 1
+    assert [row.quality for row in again] == [row.quality for row in first]
+    with pytest.raises(ValueError, match="was made with another frames"):
+        run(tmp_path, frames=2)
+
+
+def test_rates_and_shares_are_against_raster() -> None:
+    table = [Line("raster", 16), Line("spatial", 1)]
+    videos = {
+        (n, line.key): {"value": value, "seconds": seconds, "passes": passes}
+        for line, value, seconds, passes in ((table[0], 0.8, 4.0, 512), (table[1], 0.6, 0.5, 62))
+        for n in range(3)
+    }
+    raster, spatial = summarise(videos, table, 3, 1000)
+    assert raster.tokens_per_second == 250
+    assert spatial.tokens_per_second == 2000
+    assert (raster.kept, spatial.kept) == (1, pytest.approx(0.75))
+    assert spatial.kept_low == spatial.kept_high == pytest.approx(0.75)
