@@ -26,6 +26,7 @@ from sdvg_kernels import (
     norm_rope_stage_,
     preprocess_frames,
     quantize_rows,
+    rms_norm_silu,
     rollback_,
     rope_table,
     route_blocks,
@@ -275,6 +276,8 @@ def main() -> int:
             if lane.device == "cpu" or not implementations()["quantize"][lane.implementation]:
                 what = f"quantize_rows {lane.name} {str(dtype)[6:]}"
                 failed |= not _report(what, _check_quantize, lane, dtype)
+            what = f"rms_norm_silu {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _check_norm_silu, lane, dtype)
             what = f"preprocess_frames {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
@@ -400,6 +403,28 @@ def _check_quantize(lane: Lane, dtype: torch.dtype) -> None:
     expected = quantize_rows(x, implementation="reference")
     for name, got, want in zip(("values", "scales"), out, expected, strict=True):
         assert torch.equal(got.cpu().float(), want.float()), f"{name} are not the reference's"
+
+
+def _check_norm_silu(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that a sum and the SiLU of its norm are within their budgets."""
+    random = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 50, 96, generator=random).to(lane.device, dtype) for _ in "xr")
+    weight, bias = (torch.randn(96, generator=random).to(lane.device, dtype) for _ in "wb")
+    total = torch.empty_like(x)
+    added = {"bias": bias, "residual": residual, "total": total}
+    out = rms_norm_silu(x, weight, **added, implementation=lane.implementation)
+
+    def plain(wide: torch.dtype, rounded: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        summed = (x.to(wide) + bias.to(wide) + residual.to(wide)).to(rounded)
+        # the norm is of the sum as it was stored
+        norm = F.normalize(total.to(wide), dim=-1) * 96**0.5 * weight.to(wide)
+        return summed, F.silu(norm).to(rounded)
+
+    exact = plain(torch.float64, torch.float64)
+    for name, *values in zip(
+        ("sum", "norm"), (total, out), plain(torch.float32, dtype), exact, strict=True
+    ):
+        assert_within_budget(*values, name)
 
 
 def _check_frames(lane: Lane, dtype: torch.dtype) -> None:

@@ -124,13 +124,14 @@ class SDVGPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
         self._generation: Generation | None = None
         self._acceleration: dict[str, bool] | None = None
+        self._decoder: StreamingVAE | None = None
         # around each transformer, as long as its sizes stay
         self._models: dict[str, tuple[tuple[object, ...], CausalWan]] = {}
         # the prompts that both models ask for
         self._encoded: dict[tuple[str, ...], Tensor] = {}
 
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> SDVGPipeline:
-        """Run both transformers on the fused ops from the next video on; see `sdvg.accelerate`."""
+        """Run the models on the fused ops from the next video on; see `sdvg.accelerate`."""
         self._acceleration = {"graphs": graphs, "fp8": fp8}
         return self
 
@@ -361,7 +362,7 @@ class SDVGPipeline(DiffusionPipeline):
                 # a pass of more than it rewrites would only make the ring longer
                 **(_one_pass(chosen, self.config.frames_per_block)),
             ),
-            StreamingVAE(self.vae),
+            self._streaming(),
             self.scorer,
             Reward(tau) if router is None else router,
             schedule=schedule or self.config.schedule, drafter_schedule=drafter_schedule,
@@ -441,6 +442,14 @@ class SDVGPipeline(DiffusionPipeline):
         """Return where a part computes; an offloaded one lies elsewhere."""
         offloaded = hasattr(part, "_hf_hook")
         return self._execution_device if offloaded else device_of(part, self.device)
+
+    def _streaming(self) -> StreamingVAE:
+        """Return the decoder of `self.vae`; the last one, if it is: it may hold captured graphs."""
+        if self._decoder is None or self._decoder.vae is not self.vae:
+            self._decoder = StreamingVAE(self.vae)
+        if self._acceleration is not None:
+            self._decoder.accelerate(graphs=self._acceleration["graphs"])
+        return self._decoder
 
     def _causal(
         self,

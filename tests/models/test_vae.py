@@ -15,10 +15,11 @@ pytest.importorskip("diffusers", reason="the VAE is diffusers'")
 import diffusers
 
 from benchmarks.wan_decoder import wan_decoder
+from sdvg import accelerate
 from sdvg.models import vae_fused
 from sdvg.models.vae import DecoderState, StreamingVAE
 from sdvg_kernels.testing import assert_within_budget
-from tests.tiny import float64_norms
+from tests.tiny import float64_norms, tiny_pair
 
 WAN21: dict[str, object] = {}
 WAN22: dict[str, object] = {
@@ -191,6 +192,26 @@ def test_the_decoder_without_diffusers_has_its_names_and_sizes() -> None:
             for decoder in (own, theirs)
         ]
     assert shapes[0] == shapes[1]
+
+
+def test_a_pair_and_a_pipeline_accelerate_their_decoder() -> None:
+    pair = tiny_pair()
+    accelerate(pair)
+    assert pair.decoder._fused is not None
+    pytest.importorskip("transformers", reason="the pipeline's text encoder is transformers'")
+    from sdvg import SDVGPipeline
+    from sdvg.models.embedded import WEIGHTS
+
+    pipe = SDVGPipeline.from_pretrained(WEIGHTS)
+    decoders = []
+    for accelerated in (False, True, True):
+        if accelerated:
+            accelerate(pipe)
+        loop = pipe.stream("a seven moving left", num_blocks=1)
+        decoders += loop._decoders
+        assert (decoders[-1]._fused is not None) == accelerated
+    # it would hold the graphs
+    assert decoders[1] is decoders[2]
 
 
 def test_an_unknown_decoder_stays_diffusers_and_says_so(
