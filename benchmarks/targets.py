@@ -215,6 +215,7 @@ TARGETS = (
     Target("rope", "10x the eager chain", _ROPE, _against("eager"), least=10),
     Target("modulation", "85% of the measured copy", _MODULATION, _of_copy, least=0.85),
     Target("frames", "85% of the measured copy", _ops("preprocess_frames"), _of_copy, least=0.85),
+    Target("quantize", "85% of the measured copy", _ops("quantize_rows"), _of_copy, least=0.85),
     Target(
         "commit_, rollback_ without undo, 40 layers",
         "under 3 us",

@@ -143,7 +143,7 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
     planned += [row(op, size, "cuda", 1.0) for op in ("rollback_", "compact_", "stage_")]
     planned += [row(op, "B=64", "cuda", 1.0) for op in ("commit_", "select_")]
     counts = {target.what: sum(map(target.about, planned)) for target in TARGETS}
-    elsewhere = {"rope", "modulation", "frames"}
+    elsewhere = {"rope", "modulation", "frames", "quantize"}
     elsewhere |= {what for what in counts if what.startswith(("a ", "SDVG"))}
     # a line "the same" is about what the line above it is about
     assert {what: count for what, count in counts.items() if what[:8] != "the same"} == {

@@ -224,7 +224,7 @@ def test_diffusers_own_attention_runs_on_fused_projections() -> None:
 def test_weights_that_are_elsewhere_are_not_fused() -> None:
     model = tiny_wan(seed=3)
     model.transformer.blocks.to("meta")
-    with pytest.raises(ValueError, match="weights in memory, got meta tensors; accelerate it"):
+    with pytest.raises(ValueError, match="weights in memory, got meta tensors; layers must"):
         model.accelerate()
 
 

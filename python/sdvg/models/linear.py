@@ -34,7 +34,7 @@ def fuse_projections(attn: nn.Module) -> None:
     if attn.to_v.weight.is_meta:
         raise ValueError(
             "accelerate: transformer must have its weights in memory, got meta tensors; "
-            "accelerate it before layers are offloaded one by one"
+            "layers must not be offloaded one by one: offload whole models"
         )
     trained = attn.to_v.weight.requires_grad
     attn.fuse_projections()
