@@ -30,6 +30,7 @@ from sdvg_kernels import (
     rollback_,
     rope_table,
     route_blocks,
+    sample_tokens,
     select_,
     stage_,
 )
@@ -281,6 +282,7 @@ def main() -> int:
             what = f"preprocess_frames {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
+        failed |= not _report(f"sample_tokens {lane.name}", _check_sampling, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
         cache_lanes += [("reference", "cuda")]
@@ -444,6 +446,19 @@ def _check_routing(lane: Lane) -> None:
     first = torch.tensor([False, False, False, True], device=lane.device)
     accept = route_blocks(rewards, 0.5, first, implementation=lane.implementation)
     assert accept.tolist() == [True, False, False, False], f"accept is {accept.tolist()}"
+
+
+def _check_sampling(lane: Lane) -> None:
+    """Assert that guided rows, top-k and top-p give the reference's tokens on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    logits, uncond = (4 * torch.randn(6, 700, generator=random) for _ in range(2))
+    keys = {name: torch.arange(6) for name in ("seeds", "sequences", "positions")}
+    warp = {"guidance": 2.0, "temperature": 0.9, "top_k": 90, "top_p": 0.9}
+    want = sample_tokens(logits, uncond=uncond, **keys, **warp, implementation="reference")
+    logits, uncond = logits.to(lane.device), uncond.to(lane.device)
+    keys = {name: key.to(lane.device) for name, key in keys.items()}
+    got = sample_tokens(logits, uncond=uncond, **keys, **warp, implementation=lane.implementation)
+    assert torch.equal(got.cpu(), want), f"tokens are {got.tolist()}, not {want.tolist()}"
 
 
 def _check_cache(implementation: str, device: str) -> None:

@@ -112,7 +112,12 @@ class TokenLlama(nn.Module):
 
     Made by `from_transformers`, or by `load_checkpoint` of MineWorld's or Cosmos' weights; with
     random weights by its sizes alone.
+
+    Attributes:
+        masked: attend by PyTorch's own op under a mask; None: on a CPU.
     """
+
+    masked: bool | None = None
 
     def __init__(self, sizes: LlamaSizes) -> None:
         super().__init__()
@@ -196,7 +201,7 @@ class TokenLlama(nn.Module):
         place = torch.where(slots < 0, cache.slots, slots).long()
         cos, sin = (part[slots.clamp(min=0)] for part in (cache.cos, cache.sin))
         seen = cache.slots if length is None else length
-        masked = ids.device.type == "cpu"
+        masked = ids.device.type == "cpu" if self.masked is None else self.masked
         mask = None
         if masked:
             mask = _published(slots, seen) if published else diagonal_mask(slots, steps, grid, seen)
