@@ -74,6 +74,7 @@ def shapes(cpu: bool, quick: bool) -> list[Shape]:
             Shape(2, 12, 2, 40, 57, dim=64, sink=4, window=24),
             Shape(1, 24, 2, 48, 48, dim=64, window=24, blocks=2),
             Shape(1, 1, 2, 50, 50, dim=64),
+            Shape(1, 24, 2, 9, 27, dim=64),
         ]
     keys = (4680, 32760) if quick else (4680, 9360, 18720, 32760)
     steady = [
@@ -100,7 +101,9 @@ def shapes(cpu: bool, quick: bool) -> list[Shape]:
     batched = [Shape(2, BLOCK, heads, s, s) for heads in (12, 40) for s in keys]
     narrow = [Shape(1, BLOCK, 24, 18720, 18720, dim=64)]
     narrow += [Shape(1, rows, 16, 16384, 16384, dim=64) for rows in (1, 16)]
-    return steady + frame + pending + few + wrapped + batched + narrow
+    # cross-attention to a text of 512: dense_attention's ring, full to its last slot
+    text = [Shape(1, BLOCK, heads, 512, 10 * 512) for heads in (12, 40)]
+    return steady + frame + pending + few + wrapped + batched + narrow + text
 
 
 def plans(bench: Bench) -> Iterator[Plan]:

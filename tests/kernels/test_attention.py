@@ -658,6 +658,34 @@ def test_shipped_configurations_are_exact_on_the_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [7, 4680])
+def test_cross_attention_to_a_text_is_exact_on_the_gpu_and_in_a_graph(
+    rows: int, random: torch.Generator
+) -> None:
+    query, key, value = (
+        torch.randn(1, tokens, 12, 128, generator=random).to("cuda", torch.bfloat16)
+        for tokens in (rows, 512, 512)
+    )
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = dense_attention(query, key, value, implementation="triton")
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        out = dense_attention(query, key, value, implementation="triton")
+    graph.replay()
+    assert torch.equal(out, eager)
+    exact = dense_attention(query.double(), key.double(), value.double())
+    plain = torch.einsum("bths,bshd->bthd", _weights(query, key).bfloat16(), value)
+    assert_within_budget(out, plain, exact)
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    logits = torch.einsum("bthd,bshd->bths", query, key).float()
+    return (logits * query.shape[3] ** -0.5).softmax(-1)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("far", ["batch", "slot"])
 def test_offsets_past_2_to_the_31_are_read_right(far: str, random: torch.Generator) -> None:
     case = Case((140,), 16, 140)
