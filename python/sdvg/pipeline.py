@@ -355,12 +355,14 @@ class SDVGPipeline(DiffusionPipeline):
                 raise TypeError(f"pipeline: {name} must be an integer, got {size!r}")
         given = self._given(image, video, len(prompts), height, width)
         chosen = policy(self.config.commit if commit is None else commit)
+        passes = {}
+        if isinstance(chosen, Recompute):
+            # a pass of more than it rewrites would only make the ring longer
+            passes["write_blocks"] = max(1, chosen.frames // self.config.frames_per_block)
         loop = SDVG(
             self._causal("drafter", height, width, self.config.drafter_window_frames),
             self._causal(
-                "transformer", height, width, past_weight=self.config.past_weight,
-                # a pass of more than it rewrites would only make the ring longer
-                **(_one_pass(chosen, self.config.frames_per_block)),
+                "transformer", height, width, past_weight=self.config.past_weight, **passes
             ),
             self._streaming(),
             self.scorer,
@@ -537,11 +539,6 @@ def _no_layerwise_offload(name: str) -> NotImplementedError:
         f"pipeline: {name} must not be called, a layer's weights are read outside of its own "
         "forward; call enable_model_cpu_offload()"
     )
-
-
-def _one_pass(commit: str | Recompute, block: int) -> dict[str, int]:
-    recomputes = isinstance(commit, Recompute)
-    return {"write_blocks": max(1, commit.frames // block)} if recomputes else {}
 
 
 def _name_of(scorer: object) -> str | None:
