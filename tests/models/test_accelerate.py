@@ -15,7 +15,7 @@ from sdvg import SDVG, Random, Recompute
 from sdvg.models import graphs as room
 from sdvg.models.graphs import Graphs
 from sdvg.models.wan import CausalWan
-from tests.tiny import FRAMES, TinyPair, float64_norms, tiny_pair, tiny_wan
+from tests.tiny import FRAMES, TinyPair, encode, float64_norms, tiny_pair, tiny_wan
 
 PROMPTS = ["a seven moving left", "a two moving up", "a nine moving right, slowly"]
 
@@ -194,6 +194,20 @@ def test_going_back_to_eager_leaves_a_stock_model() -> None:
     # and forth again
     for mine, theirs in zip(run(fused.accelerate(), latents), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_another_model_around_a_fused_transformer_runs_eagerly_and_copies_no_weight() -> None:
+    """Seconds for 14B that lie on the CPU: another size of the same pipeline is such a model."""
+    plain, fused = both(torch.float32)
+    before = [tensor.data_ptr() for tensor in fused.transformer.parameters()]
+    sizes = {"height": 4, "width": 4, "frames": FRAMES, "sink_frames": 3, "window_frames": 6}
+    other = CausalWan(fused.transformer, encode, **sizes)
+    latents = torch.randn(3, 4 * FRAMES, *plain.block_shape[1:])
+    for _ in range(2):
+        for mine, theirs in zip(run(other, latents), run(plain, latents), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        other.accelerate()
+    assert [tensor.data_ptr() for tensor in other.transformer.parameters()] == before
 
 
 def test_diffusers_own_attention_runs_on_fused_projections() -> None:

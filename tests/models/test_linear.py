@@ -199,5 +199,5 @@ def test_a_layer_on_the_gpu_is_the_product_of_its_rounded_rows(
     for activation in (None, "gelu_tanh"):
         layer.activation = activation
         out, exact = layer(x), rounded(layer, x)
-        # tensor cores keep about 14 bits of a sum: far below what e4m3 has rounded away
-        assert (out - exact).norm() / exact.norm() < 5e-3
+        # tensor cores keep about 14 bits of a sum of thousands; a wrong scale would be off by far
+        assert (out - exact).norm() / exact.norm() < 0.02

@@ -86,15 +86,17 @@ def fuse(model: CausalWan) -> None:
         block.forward = partial(_forward, block, following, stream)
 
 
-def restore(transformer: nn.Module) -> None:
-    """Undo `fuse` on the blocks of `transformer`: stock forwards and projections.
-
-    What is in e4m3 stays so.
-    """
+def unfuse_blocks(transformer: nn.Module) -> None:
+    """Give the blocks of `transformer` their stock forwards; fused projections serve these too."""
     for block in transformer.blocks:
         forward = block.__dict__.get("forward")
         if isinstance(forward, partial) and forward.func is _forward:
             del block.forward
+
+
+def unfuse_projections(transformer: nn.Module) -> None:
+    """Give each projection its own weights again; what is in e4m3 stays so."""
+    for block in transformer.blocks:
         for attn in (block.attn1, block.attn2):
             fused = getattr(attn, "to_kv" if attn.is_cross_attention else "to_qkv", None)
             if fused_here(attn) and isinstance(fused, nn.Linear):

@@ -170,8 +170,8 @@ def _unfuse(attn: nn.Module, hooks: tuple[torch.utils.hooks.RemovableHandle, ...
 class Fp8Linear(nn.Module):
     """`nn.Linear` in e4m3: `x` and the weight are scaled row by row to the format's range.
 
-    On a GPU sums are kept in the tensor cores' own precision, as torchao's rowwise recipe does:
-    their error is far below that of e4m3 itself. A change of dtype leaves weight and scale alone.
+    On Hopper sums are kept in the tensor cores' own precision (fast accumulation, some 14 bits), as
+    torchao's rowwise recipe does. A change of dtype leaves weight and scale alone.
 
     Args:
         linear: the layer that it stands for; its bias stays as it is.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvg.cache import KVCache
-from sdvg.models.accelerate import RopeTable, fuse, restore
+from sdvg.models.accelerate import RopeTable, fuse, unfuse_blocks, unfuse_projections
 from sdvg.models.graphs import Graphs
 from sdvg.models.linear import projected, quantise, require_e4m3
 from sdvg_kernels import KeyBias
@@ -110,7 +110,7 @@ class CausalWan:
         self.rope_table: RopeTable | None = None
         # (timestep, sigma, batch) -> its embedding, its modulation and its sigma
         self._embedded: dict[tuple[float, float, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._install()
+        self._take_over()
 
     @property
     def device(self) -> torch.device:
@@ -273,8 +273,13 @@ class CausalWan:
         return (latents.to(wide) - step).to(latents.dtype)
 
     def _install(self) -> None:
-        """Put the eager processors on a stock transformer; one that was accelerated is undone."""
-        restore(self.transformer)
+        """Undo `accelerate`: eager passes of the stock blocks, but for layers in e4m3."""
+        unfuse_projections(self.transformer)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Make the transformer run for this model, eagerly."""
+        unfuse_blocks(self.transformer)
         self.graphs = None
         processors: dict[str, object] = {}
         for layer in range(len(self.transformer.blocks)):
