@@ -37,17 +37,19 @@ def patch(pipeline: object) -> int:
     kv_cache, current_start, cache_start)`, with `q`, `k`, `v`, `o`, `norm_q`, `norm_k`. Their
     caches stay the pipeline's own dicts `k`, `v`, `global_end_index`, `local_end_index`; indices
     may be ints or tensors. Cross-attention `forward(x, context, context_lens, crossattn_cache)`
-    beside them runs on our attention too, with the same dict of `k`, `v` and `is_init`. Our ops
-    serve a GPU by what it can do: that the originals look for "h100" in its name, which "NVIDIA
-    H200" lacks, matters no longer.
+    beside them runs on our attention too, with the same dict of `k`, `v` and `is_init`. A forward
+    with `kv_cache_attention_bias` has it as a key bias. Our ops serve a GPU by what it can do: that
+    the originals look for "h100" in its name, which "NVIDIA H200" lacks, matters no longer.
 
     Before anything is swapped, one layer of each kind runs on a few random tokens, the original and
     ours: other outputs or other cached keys (a model that caches them before RoPE) are refused.
 
     A call without `kv_cache` (training) goes to the original, and so does Krea's recompute, which
-    comes with a block mask. A cached pass with gradients is refused. What an original's forward
-    takes beyond this must have its default: a prompt switch that asks LongLive's layers to rewrite
-    the sink is refused. Under `torch.compile` the patched attention stays outside the graphs.
+    comes with a block mask. Refused, each in a sentence, are: a cached pass with gradients; an
+    argument of an original's forward beyond these that has not its default (a prompt switch that
+    asks LongLive's layers to rewrite the sink); a pass longer than the cache without its sink; a
+    sink larger than a block where cache writes are deferred, since LongLive then attends to slots
+    that nobody has written. Under `torch.compile` the patched attention stays outside the graphs.
 
     Patching again changes nothing. A model that two pipelines share is patched for both. Copies and
     pickles of a patched model are patched; `state_dict` is untouched. Patch before hooks that
@@ -67,7 +69,8 @@ def patch(pipeline: object) -> int:
         raise ValueError(
             "patch: pipeline must hold self-attention of Self-Forcing's shape "
             f"(forward with {', '.join(_SELF)}), got {type(pipeline).__name__} with "
-            f"{'; '.join(dict.fromkeys(odd)) or 'none'}"
+            f"{'; '.join(dict.fromkeys(odd)) or 'none'}; pass the model, or what has it as an "
+            "attribute"
         )
     crossing = [layer for layer in _find(roots, _CROSS) if not hasattr(layer, "k_img")]
     owners = {
@@ -161,7 +164,7 @@ def _find(roots: list[nn.Module], names: tuple[str, ...]) -> Iterator[nn.Module]
 def _unknown(root: nn.Module) -> Iterator[str]:
     """Yield what takes a `kv_cache` and projects queries, but is not of the shape."""
     for module in root.modules():
-        if not (hasattr(module, "q") or hasattr(module, "to_q")):
+        if not any(hasattr(module, name) for name in ("q", "to_q", "to_qkv")):
             continue
         takes = inputs(type(module))
         if "kv_cache" not in takes:
