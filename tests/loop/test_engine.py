@@ -25,6 +25,7 @@ from sdvg import (
     noise,
     preset,
 )
+from sdvg import engine as engine_module
 from sdvg.types import Draft
 
 SHAPE = (3, 2, 2, 2)
@@ -522,6 +523,41 @@ def test_each_video_may_have_a_seed_of_its_own() -> None:
     assert Random(0.5)(draft).unique().numel() == 1
     with pytest.raises(ValueError, match="seed must name one for each of 2 prompts, got 1"):
         loop.generate(["a", "b"], seed=[5])
+
+
+def test_parts_get_what_they_need_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents go to the target's device, frames to the scorer's; the clock watches each there."""
+    moved, watched = [], []
+
+    class Scorer(torch.nn.Linear):
+        def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+            return brightness(frames, prompts)
+
+    scorer = Scorer(1, 1)
+    place = torch.device("cpu", 0)
+    assert engine_module.device_of(scorer, place) == torch.device("cpu")
+    monkeypatch.setattr(
+        engine_module, "device_of", lambda part, other: place if part is scorer else other
+    )
+    move, stage = engine_module.move, clock.Clock.stage
+    monkeypatch.setattr(
+        engine_module,
+        "move",
+        lambda x, device: (moved.append((x.ndim, device)), move(x, device))[1],
+    )
+    monkeypatch.setattr(
+        clock.Clock,
+        "stage",
+        lambda self, name, units, device, block: (
+            watched.append((name, device)),
+            stage(self, name, units, device, block),
+        )[1],
+    )
+    (block,) = engine(scorer=scorer, force_first=False).generate(["a"], num_blocks=1)
+    assert (5, place) in moved
+    assert dict(watched)["score"] == place
+    assert dict(watched)["decode"] == torch.device("cpu") != place
+    assert block.verdicts[0].score is not None
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvg import SDVG, Always, Block, Never, Random, Recompute, Reward, Schedule, Stride
+from sdvg.host import read
 from sdvg.models.wan import CausalWan
 from sdvg.noise import normal
 from tests.tiny import (
@@ -18,6 +19,7 @@ from tests.tiny import (
     encode,
     float64_norms,
     tiny_pair,
+    tiny_vae,
     tiny_wan,
 )
 
@@ -606,3 +608,44 @@ def test_a_wrong_recache_is_named(pair: TinyPair) -> None:
     run = speculate(pair).generate(PROMPTS, num_blocks=2)
     with pytest.raises(ValueError, match="recache must be 'window' or 'all', got 'half'"):
         run.switch(PROMPTS, recache="half")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"run_ahead": 2}, {"commit": Recompute(3)}], ids=str)
+def test_on_a_gpu_the_models_wait_for_nothing_between_verdicts(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the classes of the real models, accelerated, and a batch of both verdicts."""
+    drafter, target = (
+        tiny_wan(seed=seed, head_dim=64, dtype=torch.bfloat16, device="cuda").accelerate()
+        for seed in (1, 2)
+    )
+    decoder = tiny_vae(torch.bfloat16)
+    decoder.vae.to("cuda")
+
+    def score(frames: Tensor, prompts: list[str]) -> Tensor:
+        own = torch.arange(len(prompts), device=frames.device).remainder(2)[:, None]
+        return own.expand(frames.shape[:2]).float()
+
+    waits = []
+
+    def reading(parts: list[Tensor]) -> list[list[float]]:
+        waits.append(len(parts))
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return read(parts)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    loop = SDVG(drafter, target, decoder, score, Reward(0.5), **options)
+    run = loop.generate(PROMPTS, num_blocks=8)
+    made = [next(run) for _ in range(4)]
+    monkeypatch.setattr("sdvg.engine.read", reading)
+    try:
+        for _ in range(4):
+            torch.cuda.set_sync_debug_mode("error")
+            made.append(next(run))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 8
+    assert verdicts(made)[1:] == [(False, True, False)] * 7
