@@ -62,11 +62,17 @@ def quantize_rows(
         raise ValueError(message(_OP, "x", rule, f"stride {x.stride(1)}", remedy))
     if activation not in ACTIVATIONS:
         raise ValueError(message(_OP, "activation", "be None or 'gelu_tanh'", repr(activation)))
-    available = _available(x.device, x.dtype)
-    if implementation is None and (reason := next(iter(available.values()))):
-        _warn_once(x.device.type, reason)
-    chosen = require_implementation(_OP, implementation, available, f"{x.device.type} {x.dtype}")
+    chosen = _choose(implementation, x.device, x.dtype)
     return torch.ops.sdvg_kernels.quantize_rows(x, activation, chosen)
+
+
+@functools.cache
+def _choose(implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Return which implementation runs; a reference that nobody asked for is logged once."""
+    available = _available(device, dtype)
+    if implementation is None and (reason := next(iter(available.values()))):
+        _LOG.warning("%s: the reference serves %s tensors here: %s", _OP, device.type, reason)
+    return require_implementation(_OP, implementation, available, f"{device.type} {dtype}")
 
 
 @functools.cache
@@ -83,11 +89,6 @@ def _available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         # the interpreter is for tests: never the default
         return {"reference": "", "triton": reason}
     return {"triton": reason, "reference": ""}
-
-
-@functools.cache
-def _warn_once(device: str, reason: str) -> None:
-    _LOG.warning("%s: the reference serves %s tensors here: %s", _OP, device, reason)
 
 
 def implementations() -> dict[str, str]:

@@ -237,13 +237,15 @@ def test_a_reference_that_nobody_asked_for_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(api, "_available", lambda *_: {"triton": "no Triton", "reference": ""})
-    api._warn_once.cache_clear()
+    api._choose.cache_clear()
     quantize_rows(torch.zeros(1, 8), implementation="reference")
     assert not caplog.messages
     for _ in range(2):
         quantize_rows(torch.zeros(1, 8))
     (said,) = caplog.messages
     assert said == "quantize_rows: the reference serves cpu tensors here: no Triton"
+    # the choice is kept: others ask this machine again
+    api._choose.cache_clear()
 
 
 def test_every_width_has_a_launch() -> None:

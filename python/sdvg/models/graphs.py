@@ -120,10 +120,13 @@ class Graphs:
             before = torch.cuda.current_stream()
             self._stream = stream = self._stream or torch.cuda.Stream()
             stream.wait_stream(before)
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    forward()
-            before.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        forward()
+            finally:
+                # what comes next writes where it has written, captured or not
+                before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
