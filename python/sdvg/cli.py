@@ -281,10 +281,10 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, metavar="FOLDER", help="default: the embedded models")
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="float32")
-    add("--schedule", default="self_forcing", help="self_forcing, krea or diagonal")
+    add("--schedule", default="self_forcing", help="self_forcing, krea, krea_5 or diagonal")
     add("--commit", default="lazy", help="lazy, eager or recompute:FRAMES")
     add("--drafter-timesteps", type=float, nargs="+", metavar="T",
-        help="the drafter's steps, falling within (0, 1000]; default: the schedule's")  # fmt: skip
+        help="the drafter's steps, falling within [0, 1000]; default: the schedule's")  # fmt: skip
     add("--drafter-cache", metavar="own | synced",
         help="what drafts go on from: synced, the final blocks (default), or own, the drafter's "
         "own, as in the paper (default with --run-ahead, which needs it)")  # fmt: skip

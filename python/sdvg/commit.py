@@ -41,10 +41,7 @@ def policy(commit: str | Recompute) -> str | Recompute:
     if name == "recompute" and frames.isdecimal():
         return Recompute(int(frames))
     if not isinstance(commit, Recompute) and commit not in ("lazy", "eager"):
-        raise ValueError(
-            f"commit: must be lazy, eager or recompute:FRAMES, got {commit!r}; "
-            "Recompute(frames) is the last one in Python"
-        )
+        raise ValueError(f"commit: must be lazy, eager or recompute:FRAMES, got {commit!r}")
     return commit
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "a seven moving left"
 
 ROUTERS = ("reward", "stride", "random", "always", "never")
-PRESETS = "self_forcing, krea, diagonal"
+PRESETS = "self_forcing, krea, krea_5, diagonal"
 COMMITS = "must be lazy, eager or recompute:FRAMES"
 
 
@@ -217,7 +217,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--router random --accept 1.5", "router: accept must lie in [0, 1], got 1.5"),
         ("--router best", f"router: must be one of {', '.join(ROUTERS)}, got 'best'"),
         ("--schedule fast", f"schedule: preset must be one of {PRESETS}, got 'fast'"),
-        ("--commit late", "commit: must be lazy, eager or recompute:FRAMES, got 'late'"),
+        ("--commit late", f"commit: {COMMITS}, got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),
         ("--device gpu", "device: must be cpu, cuda, cuda:1, ..., got 'gpu'"),
         ("--threads 0", "threads: must be at least 1, got 0"),
