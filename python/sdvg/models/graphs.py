@@ -97,6 +97,7 @@ class Graphs:
             except RuntimeError as error:
                 self._drop()
                 self._failure = f"a capture failed: {_first_cause(error)}"
+            if self._failure:
                 return self(start_frame, latents, embedded, rows)
         buffers, replay = self._graphs[key]
         for buffer, tensor in zip(buffers, inputs, strict=True):
