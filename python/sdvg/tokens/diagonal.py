@@ -281,7 +281,8 @@ class Generation(Iterator[Frame]):
             done = next(self._steps)
             # the one time in a frame that the host waits
             for index, rows in done:
-                self._require_tokens(index, rows)
+                names = [self._sequences[row] for row in rows]
+                require_tokens(self._codes[list(rows), index], index, names)
             self._failed = False
         except StopIteration:
             self._failed = False
@@ -291,14 +292,6 @@ class Generation(Iterator[Frame]):
             Frame(index, rows, self._codes[list(rows), index], self.passes, self.seconds)
             for index, rows in done
         )
-
-    def _require_tokens(self, index: int, rows: tuple[int, ...]) -> None:
-        bad = (self._codes[list(rows), index] < 0).flatten(1).any(1).tolist()
-        if any(bad):
-            raise ValueError(
-                "diagonal: logits must be finite, got NaN or infinity in frame "
-                f"{index} of sequence {self._sequences[rows[bad.index(True)]]}"
-            )
 
     @property
     def codes(self) -> Tensor:
@@ -341,7 +334,7 @@ class Generation(Iterator[Frame]):
             ids = self._actions[list(rows), frame - 1]
         else:
             ids = self._actions(frame, rows)
-            _check_ids("actions", ids, (len(rows), layout.extra), model.vocabulary)
+            check_ids("actions", ids, (len(rows), layout.extra), model.vocabulary)
         ids = ids.to(model.device, torch.int64)
         kept = self._leading.setdefault(frame, ids.new_zeros(len(self._prompts), layout.extra))
         kept[list(rows)] = ids
@@ -402,7 +395,7 @@ class Generation(Iterator[Frame]):
         if self.frames < 1:
             raise ValueError(f"diagonal: frames must be at least 1, got {self.frames}")
         batch = len(prompts)
-        _check_ids("prompts", prompts, tuple(prompts.shape), vocabulary)
+        check_ids("prompts", prompts, tuple(prompts.shape), vocabulary)
         guided = decoder.sampling.guidance != 1
         if guided != (self._uncond is not None):
             raise ValueError(
@@ -410,11 +403,11 @@ class Generation(Iterator[Frame]):
                 f"{decoder.sampling.guidance:g} {'without' if guided else 'with'} it"
             )
         if self._uncond is not None:
-            _check_ids("uncond", self._uncond, tuple(prompts.shape), vocabulary)
+            check_ids("uncond", self._uncond, tuple(prompts.shape), vocabulary)
         actions = self._actions
         if isinstance(actions, Tensor):
             wanted = (batch, self.frames - 1, layout.extra)
-            _check_ids("actions", actions, wanted, vocabulary)
+            check_ids("actions", actions, wanted, vocabulary)
         elif layout.extra and self.frames > 1 and not isinstance(actions, Callable):
             raise ValueError(
                 f"diagonal: actions must be given for {layout.extra} tokens between frames, "
@@ -426,7 +419,7 @@ def _where(places: Sequence[int], place: int) -> tuple[int, ...]:
     return tuple(row for row, at in enumerate(places) if at == place)
 
 
-def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
     """Raise unless `ids` have `shape` and lie in the vocabulary."""
     if tuple(ids.shape) != shape:
         raise ValueError(f"diagonal: {name} must be {list(shape)}, got {list(ids.shape)}")
@@ -439,3 +432,13 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocabulary: int) 
                 f"diagonal: {name} must lie in the vocabulary of {vocabulary}, "
                 f"got ids from {low} to {high}"
             )
+
+
+def require_tokens(codes: Tensor, frame: int, sequences: Sequence[int]) -> None:
+    """Raise unless each place of `codes [rows, h, w]` was drawn; the host waits for them."""
+    bad = (codes < 0).flatten(1).any(1).tolist()
+    if any(bad):
+        raise ValueError(
+            "diagonal: logits must be finite, got NaN or infinity in frame "
+            f"{frame} of sequence {sequences[bad.index(True)]}"
+        )
