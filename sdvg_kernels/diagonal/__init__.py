@@ -1,7 +1,4 @@
-"""Diagonal decoding: which tokens a pass feeds, what each one sees, and attention by that rule.
-
-kernel.py and config.py come with the first kernel: until then the reference serves all devices.
-"""
+"""Diagonal decoding: which tokens a pass feeds, what each one sees, and attention by that rule."""
 
 from sdvg_kernels.diagonal.api import diagonal_attention, diagonal_mask
 from sdvg_kernels.diagonal.schedule import DiagonalSchedule, TokenGrid, diagonal_schedule

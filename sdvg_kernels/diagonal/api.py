@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation
+from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
 from sdvg_kernels.diagonal import reference
 from sdvg_kernels.diagonal.schedule import TokenGrid
 
@@ -48,10 +48,10 @@ def diagonal_mask(
         grid: the layout, a `DiagonalSchedule`'s `grid`.
         size: S, slots of the cache.
         cache_leftpad: [B] int32, slots at the start of a sequence that nobody sees; None: 0.
-        dtype: bool; or a floating dtype for an additive mask: 0 where seen, elsewhere its lowest
-            finite number, so that a row of padding gives no NaN.
+        dtype: bool; or bfloat16, float16, float32 (the reference: float64 too) for an additive
+            mask: 0 where seen, elsewhere the lowest finite number, so that padding gives no NaN.
         packed: bits instead: uint8, bit `s % 8` of byte `s // 8`; `dtype` must be bool.
-        implementation: "reference"; None: the same.
+        implementation: "triton" or "reference"; None: Triton on CUDA, else the reference.
 
     Returns: [B, T, S], or [B, T, ceil(S / 8)] with `packed`, contiguous.
 
@@ -65,12 +65,13 @@ def diagonal_mask(
     op = "diagonal_mask"
     _check_entries(op, slots, steps, grid, cache_leftpad)
     require(op, size >= 1, "size", "be at least 1", size)
-    known = dtype == torch.bool or dtype.is_floating_point
-    require_dtype(op, known, "dtype", "be bool or floating", dtype)
+    known = dtype in (torch.bool, *DTYPES, torch.float64)
+    require_dtype(op, known, "dtype", "be bool, bfloat16, float16, float32 or float64", dtype)
     fits = not packed or dtype == torch.bool
     require(op, fits, "dtype", "be bool for a packed mask", dtype)
     device = slots.device.type
-    chosen = require_implementation(op, implementation, {"reference": ""}, f"{device} tensors")
+    available = _available(device, dtype=dtype)
+    chosen = require_implementation(op, implementation, available, f"{device} tensors")
     return torch.ops.sdvg_kernels.diagonal_mask(
         slots, steps, size, _numbers(grid), cache_leftpad, dtype, packed, chosen
     )
@@ -95,7 +96,8 @@ def diagonal_attention(
 
     Equals `F.scaled_dot_product_attention` with the mask that `diagonal_mask` returns, without the
     mask: the rule is computed in the kernel, and slots that no entry sees are not read. They may be
-    NaN. Padding (slot -1) gives 0. There is no backward.
+    NaN where the entries of a sequence are all of one pass, as a schedule's are. Padding (slot -1)
+    gives 0. There is no backward.
 
     Args:
         query: [B, T, H, D] bfloat16, float16, float32 (the reference: float64 too), after RoPE.
@@ -111,7 +113,9 @@ def diagonal_attention(
         cache_leftpad: [B] int32, slots at the start of a sequence that nobody sees; None: 0.
         softmax_scale: factor on the logits; None: `D ** -0.5`.
         num_splits: parts of the keys, a program each; None: by the shapes.
-        implementation: "reference"; None: the same.
+        implementation: "triton" or "reference"; one that is asked for never falls back. None:
+            Triton on CUDA for head dims 64, 100 and 128, else the reference, and a warning is
+            logged.
 
     Returns: [B, T, H, D], contiguous.
 
@@ -133,8 +137,12 @@ def diagonal_attention(
     require(op, finite, "softmax_scale", "be finite", softmax_scale)
     good = num_splits is None or num_splits >= 1
     require(op, good, "num_splits", "be at least 1 or None", num_splits)
-    device = query.device.type
-    chosen = require_implementation(op, implementation, {"reference": ""}, f"{device} tensors")
+    device, dim = query.device.type, query.shape[3]
+    available = _available(device, dim, query.dtype)
+    if implementation is None and (reason := next(iter(available.values()))):
+        _warn_once(device, reason)
+    where = f"{device} tensors of head dim {dim} and {query.dtype}"
+    chosen = require_implementation(op, implementation, available, where)
     return torch.ops.sdvg_kernels.diagonal_attention(
         query,
         k_cache,
@@ -221,9 +229,33 @@ def _numbers(grid: TokenGrid) -> list[int]:
     return [*sizes, grid.k, grid.lead, grid.frame_passes]
 
 
+@functools.cache
+def _available(
+    device: str, dim: int = HEAD_DIMS[0], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, str]:
+    """Return implementation -> "" or why it cannot run on such tensors, by preference."""
+    reason = triton_reason(device)
+    if not reason and dim not in HEAD_DIMS:
+        *dims, last = HEAD_DIMS
+        reason = f"the Triton kernel has head dim {', '.join(map(str, dims))} and {last}"
+    if not reason and dtype == torch.float64:
+        reason = "the Triton kernel has no torch.float64"
+    # the interpreter is for tests: never the default
+    if device == "cpu":
+        return {"reference": "", "triton": reason}
+    return {"triton": reason, "reference": ""}
+
+
+@functools.cache
+def _warn_once(device: str, reason: str) -> None:
+    _LOG.warning("diagonal_attention: the reference serves %s tensors here: %s", device, reason)
+
+
 def implementations() -> dict[str, str]:
     """Return implementation -> "" or why it is not available here, by preference."""
-    return {"reference": ""}
+    if torch.cuda.is_available():
+        return dict(_available("cuda"))
+    return {"triton": "no CUDA device is available", "reference": ""}
 
 
 def _run_mask(
@@ -237,15 +269,13 @@ def _run_mask(
     implementation: str,
 ) -> torch.Tensor:
     """Run the chosen implementation."""
-    return reference.diagonal_mask(
-        slots,
-        steps,
-        size=size,
-        grid=grid,
-        cache_leftpad=cache_leftpad,
-        dtype=dtype,
-        packed=packed,
-    )
+    options = {"size": size, "grid": grid, "cache_leftpad": cache_leftpad}
+    options |= {"dtype": dtype, "packed": packed}
+    if implementation == "reference":
+        return reference.diagonal_mask(slots, steps, **options)
+    from sdvg_kernels.diagonal import mask
+
+    return mask.diagonal_mask(slots, steps, **options)
 
 
 def _run_attention(
@@ -263,18 +293,14 @@ def _run_attention(
     implementation: str,
 ) -> torch.Tensor:
     """Run the chosen implementation."""
-    return reference.diagonal_attention(
-        query,
-        k_cache,
-        v_cache,
-        slots,
-        steps,
-        grid=grid,
-        published=published,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        softmax_scale=softmax_scale,
-    )
+    tensors = (query, k_cache, v_cache, slots, steps)
+    options = {"grid": grid, "published": published, "cache_batch_idx": cache_batch_idx}
+    options |= {"cache_leftpad": cache_leftpad, "softmax_scale": softmax_scale}
+    if implementation == "reference":
+        return reference.diagonal_attention(*tensors, **options)
+    from sdvg_kernels.diagonal import kernel
+
+    return kernel.diagonal_attention(*tensors, **options, num_splits=num_splits)
 
 
 _ops.implement("diagonal_mask", cpu=_run_mask, cuda=_run_mask)

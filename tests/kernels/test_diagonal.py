@@ -13,7 +13,6 @@ from sdvg_kernels import DiagonalSchedule, TokenGrid, diagonal_attention, diagon
 from sdvg_kernels import diagonal_schedule as schedule
 from sdvg_kernels.testing import Lane, assert_within_budget
 
-GPU = Lane("triton", "cuda", "triton")
 MODES = ("spatial", "spatiotemporal", "zipar")
 GRIDS = ((1, 4), (3, 1), (2, 3), (3, 4))
 
