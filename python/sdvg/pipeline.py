@@ -146,11 +146,9 @@ class SDVGPipeline(DiffusionPipeline):
     def place(self, **devices: torch.device | str) -> SDVGPipeline:
         """Move parts to devices of their own; return the pipeline.
 
-        The loop moves prompts, latents and frames between them without a wait of the host.
-
-            pipe.to("cuda:0").place(text_encoder="cuda:1", vae="cuda:1", scorer="cuda:1")
-
-        is the paper's split. A drafter on a GPU of its own drafts while the target repairs, where a
+        The loop moves prompts, latents and frames between them without a wait of the host. The
+        paper's split is `pipe.to("cuda:0").place(text_encoder="cuda:1", vae="cuda:1",
+        scorer="cuda:1")`. A drafter on a GPU of its own drafts while the target repairs, where a
         call allows it with `run_ahead`.
 
         Args:
@@ -428,8 +426,6 @@ class SDVGPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Return text embeddings `[B, L, dim]`, zero past each prompt's length, as Wan pads."""
-        if tuple(prompts) in self._encoded:
-            return self._encoded[tuple(prompts)]
         batch = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt",
             max_length=self.config.max_sequence_length,
@@ -437,8 +433,13 @@ class SDVGPipeline(DiffusionPipeline):
         device = self._device_of(self.text_encoder)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        self._encoded = {tuple(prompts): hidden * mask[..., None]}
-        return self._encoded[tuple(prompts)]
+        return hidden * mask[..., None]
+
+    def _encode_once(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings that the other model of a stream has asked for, or new ones."""
+        if (key := tuple(prompts)) not in self._encoded:
+            self._encoded = {key: self.encode_prompt(prompts)}
+        return self._encoded[key]
 
     def _device_of(self, part: torch.nn.Module) -> torch.device:
         """Return where a part computes; an offloaded one lies elsewhere."""
@@ -480,7 +481,7 @@ class SDVGPipeline(DiffusionPipeline):
                 # the latest video still holds it
                 model.release()
             model = CausalWan(
-                transformer, self.encode_prompt, height=height // SPACE, width=width // SPACE,
+                transformer, self._encode_once, height=height // SPACE, width=width // SPACE,
                 frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
                 window_frames=window_frames or self.config.window_frames,
                 past_weight=past_weight, device=device, **passes,

@@ -365,6 +365,21 @@ def test_both_models_share_one_run_of_the_text_encoder(
     assert len(runs) == 1
     stream.switch("a two moving up")
     assert len(runs) == 2
+    # whoever asks the encoder gets its answer, and a new video starts from it
+    pipe.encode_prompt(["a two moving up"])
+    pipe.stream("a two moving up", num_blocks=1)
+    assert len(runs) == 4
+
+
+def test_the_scorer_goes_where_the_pipeline_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stayed on the CPU, and every frame came there."""
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32)
+    moved = []
+    monkeypatch.setattr(fresh.scorer, "to", moved.append)
+    assert fresh.to("cpu") is fresh
+    fresh.to(torch.float32)
+    assert fresh.to(device=torch.device("cpu")) is fresh
+    assert moved == ["cpu", torch.device("cpu")]
 
 
 def test_parts_are_placed_and_their_inputs_follow(
