@@ -82,8 +82,8 @@ class StreamingVAE:
         Args:
             graphs: also replay one CUDA graph for each shape of latents and kind of block (a
                 video's first, later ones). It keeps the decoder's activations and the features
-                once more, about 7 GB for 480 x 832 in bf16, until `release`. Where that cannot be,
-                a warning says why.
+                once more until `release`, by arithmetic 6 GB for 480 x 832 in bf16. Where that
+                cannot be, a warning says why.
 
         Returns self. A decoder that is built of other parts than Wan's stays diffusers', with a
         warning.
