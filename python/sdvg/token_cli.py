@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sdvg.models.tokens import TokenLlama
     from sdvg.tokens.embedded import EmbeddedVideos, Shown
 
-ORDERS = tuple(mode for mode in MODES if mode != "raster")
+ORDERS = (*(mode for mode in MODES if mode != "raster"), "scd")
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -47,11 +47,7 @@ def generate(args: argparse.Namespace) -> int:
         ]
         models = _load(args, tuned=args.tuned)
         warn_of_prompts(embedded.WEIGHTS, args.prompt)
-        videos = EmbeddedVideos(
-            models, k=None if args.mode == "raster" else args.k, mode=args.mode,
-            row_start=args.row_start, sampling=_sampling(args), context=args.context,
-            keep=args.keep,
-        )  # fmt: skip
+        videos = EmbeddedVideos(models, **_how(args, args.mode, args.k))
         writers = [VideoWriter(kinds["mp4"], fps=args.fps) for kinds in files]
         shown: list[Shown] = []
         interrupted, began = False, time.perf_counter()
@@ -121,20 +117,16 @@ def sweep(args: argparse.Namespace) -> int:
     for tuned in {line.tuned for line in table}:
         models = _load(args, tuned=tuned)
         loaded[tuned] = models, from_transformers(models.model)
-    sampling = _sampling(args)
 
     def videos(line: Line) -> EmbeddedVideos:
-        k = None if line.mode == "raster" else line.k
-        return EmbeddedVideos(
-            *loaded[line.tuned], k=k, mode=line.mode, row_start=args.row_start, sampling=sampling
-        )
+        return EmbeddedVideos(*loaded[line.tuned], **_how(args, line.mode, line.k))
 
     # k that cannot be is refused before minutes of work
     for line in table:
         videos(line)
     device = loaded[False][0].model.device
     settings: Mapping[str, object] = {
-        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(sampling),
+        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(_sampling(args)),
         "dtype": args.dtype, "row start": args.row_start, "torch": torch.__version__,
         "machine": env.gpu() if device.type == "cuda" else env.processor(),
         "threads": torch.get_num_threads(),
@@ -192,8 +184,9 @@ def add_commands(
     add(
         "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
     )
-    add("--mode", default="spatial", help=f"one of {', '.join(MODES)}")
-    add("--k", type=int, default=2, help="tokens that a row waits for the row above, 1 to 16")
+    add("--mode", default="spatial", help=f"one of {', '.join(MODES)} or scd")
+    add("--k", type=int, default=2,
+        help="tokens that a row waits for the row above, 1 to 16; for scd the window")  # fmt: skip
     add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
     add("--frames", type=int, default=8)
     add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
@@ -213,6 +206,21 @@ def add_commands(
     add("--frames", type=int, help="default 8; with --quick 2")
     add("--quick", action="store_true", help="few prompts, frames and k")
     new.set_defaults(run=sweep)
+
+
+def _how(args: argparse.Namespace, mode: str, k: int) -> dict[str, object]:
+    """Return what `EmbeddedVideos` takes for a mode."""
+    how: dict[str, object] = {"mode": mode, "k": k, "sampling": _sampling(args)}
+    if mode == "raster":
+        how["k"] = None
+    if mode != "scd":
+        # a table has no context: its videos fit
+        slide = {name: getattr(args, name, None) for name in ("context", "keep")}
+        how |= {name: value for name, value in slide.items() if value is not None}
+        how["row_start"] = args.row_start
+    elif getattr(args, "context", None) is not None:
+        raise ValueError(f"context: must be left out for scd, got {args.context}")
+    return how
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

@@ -32,12 +32,14 @@ COLUMNS = (
 )  # fmt: skip
 WIDTHS = (1, 2, 4, 8)
 QUICK = (1, 4)
+# of speculative coupled decoding
+WINDOWS = (16, 64)
 # the first prompts, whose frames are kept for the picture
 PICTURED = 3
 
 
 class Line(NamedTuple):
-    """One line of the table; `k` is the width for raster order."""
+    """One line of the table; `k` is the width for raster order, the window for "scd"."""
 
     mode: str
     k: int
@@ -78,10 +80,15 @@ class Videos(Protocol):
 def lines(
     modes: Sequence[str], widths: Sequence[int], tuned: Sequence[bool], width: int
 ) -> list[Line]:
-    """Return the table's lines: raster order of the stock model, then each mode, k and weights."""
+    """Return the table's lines: raster order of the stock model, then each mode, k and weights.
+
+    "scd" has windows of its own, and loses nothing that weights could be tuned for.
+    """
     made = [Line("raster", width)]
-    made += [Line(mode, k, how) for how in tuned for mode in modes for k in widths]
-    return made
+    if "scd" in modes:
+        made += [Line("scd", window) for window in WINDOWS]
+    orders = [mode for mode in modes if mode != "scd"]
+    return made + [Line(mode, k, how) for how in tuned for mode in orders for k in widths]
 
 
 def sweep(

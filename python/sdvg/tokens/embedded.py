@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from sdvg.models.embedded.tokens import ACTIONS, HEIGHT, WIDTH, VideoTokens
 from sdvg.models.tokens import TokenLlama, from_transformers
 from sdvg.tokens.diagonal import Actions, DiagonalDecoder, Generation, Layout, Sampling
+from sdvg.tokens.jacobi import JacobiDecoder, JacobiGeneration
 
 # what its card says
 SAMPLING = Sampling(temperature=0.9, guidance=1.5)
@@ -34,20 +36,29 @@ class EmbeddedVideos:
     Args:
         models: `sdvg.models.embedded.tokens.load()`.
         model: its Llama over a static cache, to be shared by several; None: made here.
-        options: of `DiagonalDecoder`: k, mode, row_start, context, ...; `sampling` is the card's
-            by default.
+        mode: of `DiagonalDecoder`; or "scd", for `JacobiDecoder` with a window of `k`.
+        options: of the decoder: k, row_start, context, ...; `sampling` is the card's by default.
     """
 
     def __init__(
-        self, models: VideoTokens, model: TokenLlama | None = None, **options: object
+        self,
+        models: VideoTokens,
+        model: TokenLlama | None = None,
+        *,
+        mode: str = "spatial",
+        **options: object,
     ) -> None:
         self.models = models
         layout = Layout(HEIGHT, WIDTH, models.codes, extra=1)
         options = {"sampling": SAMPLING, **options}
         model = from_transformers(models.model) if model is None else model
-        self.decoder = DiagonalDecoder(model, layout, **options)
+        self.decoder: DiagonalDecoder | JacobiDecoder
+        if mode == "scd":
+            self.decoder = JacobiDecoder(model, layout, window=options.pop("k"), **options)
+        else:
+            self.decoder = DiagonalDecoder(model, layout, mode=mode, **options)
         # the newest one
-        self.running: Generation | None = None
+        self.running: Generation | JacobiGeneration | None = None
 
     def generate(
         self,
@@ -89,9 +100,14 @@ class EmbeddedVideos:
         return self._shown()
 
     def _shown(self) -> Iterator[Shown]:
+        there: Counter[int] = Counter()
         for frame in self.running:
-            pixels = self.models.decode(frame.codes)
-            yield Shown(frame.index, pixels, frame.passes, frame.seconds)
+            # of some sequences a frame may come earlier
+            there[frame.index] += len(frame.rows)
+            codes = self.running.codes[:, frame.index]
+            if there[frame.index] == len(codes):
+                pixels = self.models.decode(codes)
+                yield Shown(frame.index, pixels, frame.passes, frame.seconds)
 
     def _ids(self, actions: Tensor) -> Tensor:
         if actions.numel() and not 0 <= actions.min() <= actions.max() < len(ACTIONS):
