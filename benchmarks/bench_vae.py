@@ -49,8 +49,8 @@ def plans(bench: Bench) -> Iterator[Plan]:
     """Yield the cases."""
     cpu = bench.device.type == "cpu"
     size = Size(2, 3, 1, channels=8) if cpu else Size()
-    yield Plan(f"convolution {size}", partial(_convolution, bench, size))
     yield Plan(f"vae_decode {size}", partial(_decode, bench, size))
+    yield Plan(f"convolution {size}", partial(_convolution, bench, size))
     yield Plan(f"vae_decode with its host work {size}", partial(_streamed, bench, size))
     if not (cpu or bench.quick):
         small = Size(48, 80)

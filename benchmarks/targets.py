@@ -214,6 +214,13 @@ TARGETS = (
     Target("rope", "85% of the measured copy", _ROPE, _of_copy, least=0.85),
     Target("rope", "10x the eager chain", _ROPE, _against("eager"), least=10),
     Target("modulation", "85% of the measured copy", _MODULATION, _of_copy, least=0.85),
+    Target(
+        "norm and SiLU of the decoder",
+        "85% of the measured copy",
+        _starts("rms_norm_silu"),
+        _of_copy,
+        least=0.85,
+    ),
     Target("frames", "85% of the measured copy", _ops("preprocess_frames"), _of_copy, least=0.85),
     Target("quantize", "85% of the measured copy", _ops("quantize_rows"), _of_copy, least=0.85),
     Target(
