@@ -306,6 +306,18 @@ def raster_like(
     return torch.stack([window.frame(frame, (0, 1)) for frame in (0, 1)], 1)
 
 
+def test_noise_is_keyed_by_a_tokens_place_in_the_video_alone() -> None:
+    # a model that sees nothing: what differs can only be the noise
+    blind = random_model()
+    blind.embedding.weight.zero_()
+    prompts, actions = random_ids(2, 4), random_ids(2, 4, 2)
+    given = {"frames": 5, "prompts": prompts, "actions": actions, "seed": 6}
+    expected = _video(DiagonalDecoder(blind, LAYOUT, mode="raster"), **given)
+    assert len(expected.unique()) > 5
+    for how in ({"k": 1}, {"k": 2, "mode": "spatiotemporal"}, {"k": 3, "context": 45}):
+        assert torch.equal(_video(DiagonalDecoder(blind, LAYOUT, **how), **given), expected)
+
+
 def test_steps_are_passes(model: TokenLlama) -> None:
     decoder = DiagonalDecoder(model, LAYOUT, k=2)
     run = decoder.generate(random_ids(1, 2), frames=1)
@@ -428,26 +440,94 @@ def test_an_older_generation_does_not_go_on(model: TokenLlama) -> None:
         next(first)
 
 
+def test_attention_by_the_op_gives_the_tokens_of_a_mask(model: TokenLlama) -> None:
+    prompts, actions = random_ids(2, 3), random_ids(2, 1, 2)
+    by_op = random_model()
+    by_op.masked = False
+    for published in (False, True):
+        how = {"k": 1, "mode": "spatiotemporal", "published": published}
+        expected, found = (
+            _video(DiagonalDecoder(one, LAYOUT, **how), 2, prompts=prompts, actions=actions)
+            for one in (model, by_op)
+        )
+        assert torch.equal(found, expected)
+
+
+MODES = {
+    "raster": {"mode": "raster"},
+    "spatial": {"k": 2},
+    "spatiotemporal": {"k": 1, "mode": "spatiotemporal"},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["raster", "spatial", "spatiotemporal"])
-def test_graphs_give_the_tokens_of_the_cpu(mode: str) -> None:
-    sizes = LlamaSizes(2, 128, 4, 2, 64, 96, 41)
-    here = random_model(sizes).float()
-    there = random_model(sizes).float().cuda()
-    prompts, uncond = random_ids(3, 5), random_ids(3, 5, seed=9)
-    actions = random_ids(3, 2, 2)
-    options = {
-        "k": None if mode == "raster" else 2, "mode": mode,
-        "sampling": Sampling(0.9, top_k=9, guidance=1.5),
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_gives_the_tokens_of_the_cpu(mode: str) -> None:
+    # in float64, where no order of sums decides a token
+    options = {**MODES[mode], "sampling": Sampling(0.9, top_k=9, guidance=1.5)}
+    given = {
+        "prompts": random_ids(3, 5), "uncond": random_ids(3, 5, seed=9),
+        "actions": random_ids(3, 2, 2),
     }  # fmt: skip
-    given = {"uncond": uncond, "actions": actions, "prompts": prompts}
-    expected = _video(DiagonalDecoder(here, LAYOUT, **options), **given)
-    captured = DiagonalDecoder(there, LAYOUT, **options)
-    eager = DiagonalDecoder(there, LAYOUT, **options, graphs=False)
-    for decoder in (eager, captured, captured):
-        given = {name: ids.cuda() for name, ids in given.items()}
-        assert torch.equal(_video(decoder, **given).cpu(), expected)
-    # late sequences pass through the widths in another order
-    run = captured.generate(frames=3, delays=[4, 0, 9], **given)
-    list(run)
-    assert torch.equal(run.codes.cpu(), expected)
+    expected = _video(DiagonalDecoder(random_model(), LAYOUT, **options), **given)
+    there = random_model().cuda()
+    there.masked = True
+    given = {name: ids.cuda() for name, ids in given.items()}
+    assert torch.equal(_video(DiagonalDecoder(there, LAYOUT, **options), **given).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_replay_what_runs_without_them(mode: str) -> None:
+    model = random_model(LlamaSizes(2, 128, 4, 2, 64, 96, 41)).bfloat16().cuda()
+    options = {**MODES[mode], "sampling": Sampling(0.9, top_k=9, guidance=1.5)}
+    given = {
+        "prompts": random_ids(3, 5).cuda(), "uncond": random_ids(3, 5, seed=9).cuda(),
+        "actions": random_ids(3, 2, 2).cuda(),
+    }  # fmt: skip
+    expected = _video(DiagonalDecoder(model, LAYOUT, **options, graphs=False), **given)
+    captured = DiagonalDecoder(model, LAYOUT, **options)
+    for _ in range(2):
+        assert torch.equal(_video(captured, **given), expected)
+    # other prompts and seeds in the same graphs
+    given["prompts"] = random_ids(3, 5, seed=4).cuda()
+    other = _video(DiagonalDecoder(model, LAYOUT, **options, graphs=False), **given, seed=8)
+    assert torch.equal(_video(captured, **given, seed=8), other)
+    # a context that slides has graphs of its own
+    slid = [
+        _video(DiagonalDecoder(model, LAYOUT, **options, context=40, graphs=graphs), 4, **{
+            **given, "actions": random_ids(3, 3, 2).cuda()
+        })
+        for graphs in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*slid)
+
+
+@pytest.mark.gpu
+def test_late_sequences_come_through_graphs_of_other_widths() -> None:
+    model = random_model().cuda()
+    model.masked = True
+    prompts, actions = random_ids(3, 5).cuda(), random_ids(3, 2, 2).cuda()
+    decoder = DiagonalDecoder(model, LAYOUT, k=2)
+    together = _video(decoder, prompts=prompts, actions=actions)
+    assert torch.equal(
+        _video(decoder, prompts=prompts, actions=actions, delays=[4, 0, 9]), together
+    )
+
+
+@pytest.mark.gpu
+def test_the_host_waits_at_the_end_of_a_frame_only() -> None:
+    model = random_model().cuda()
+    prompts, actions = random_ids(2, 5).cuda(), random_ids(2, 1, 2).cuda()
+    decoder = DiagonalDecoder(model, LAYOUT, k=2)
+    _video(decoder, 2, prompts=prompts, actions=actions)
+    run = decoder.generate(prompts, frames=2, actions=actions)
+    run.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # all passes but the frame's last
+        for _ in range(decoder.passes(1) - 2):
+            assert not run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.step()

@@ -73,7 +73,7 @@ class Window:
             )
         )  # fmt: skip
         # no slot from here on is seen, by pass
-        self._reach = [int(reach) + 1 for reach in plan.slots.amax(1)]
+        self._reach = (plan.slots.amax(1) + 1).tolist()
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
