@@ -162,7 +162,7 @@ def _loop(bench: Bench, shape: tuple[int, int, int, int], batch: int) -> Case:
 def _block(bench: Bench, size: str, role: str, *, fp8: bool = False) -> Case:
     """Return one block in the middle of a video: four steps and the clean pass, window of two."""
     _require("diffusers")
-    parts, dtype, tall = _random(bench, size if role == "draft" else "1.3B", size)
+    parts, dtype, tall = _random(bench, "1.3B" if size == "14B" else size, size)
     model = parts.drafter if role == "draft" else parts.target
     clock, schedule = Clock(), preset("self_forcing")
     cached = CachedModel(model, schedule, ["a random video"])
