@@ -89,8 +89,9 @@ def sample_tokens(
     if uncond is None:
         _value(guidance == 1, "guidance", "be 1 without uncond", guidance, "give uncond")
     else:
-        _value(uncond.shape == shape, "uncond", f"be {list(shape)}, as logits", uncond.shape)
-        _type(uncond.dtype == logits.dtype, "uncond", f"be {logits.dtype}, as logits", uncond.dtype)
+        _value(uncond.shape == shape, "uncond", "have the shape of logits", uncond.shape)
+        same = uncond.dtype is logits.dtype
+        _type(same, "uncond", "have the dtype of logits", uncond.dtype)
         _value(uncond.device == device, "uncond", "be on logits' device", uncond.device)
     keys = (("seeds", seeds), ("sequences", sequences), ("positions", positions))
     for name, key in keys:
@@ -105,10 +106,11 @@ def sample_tokens(
         out = torch.empty(rows, dtype=torch.int64, device=device)
     else:
         _type(out.dtype in _INTEGERS, "out", "be int32 or int64", out.dtype)
-        _value(out.is_contiguous(), "out", "be contiguous", f"strides {out.stride()}")
+        _value(out.is_contiguous(), "out", "be contiguous", out.stride(), "call .contiguous()")
         _value(out.device == device, "out", "be on logits' device", out.device)
     if index is None:
-        _value(out.numel() == rows, "out", f"have {rows} places without index", out.numel())
+        places = out.numel()
+        _value(places == rows, "out", "have a place for each row without index", places)
     else:
         _integers("index", index, rows, device)
     available = _available(device.type)
@@ -133,7 +135,7 @@ def sample_tokens(
 
 def _integers(name: str, tensor: torch.Tensor, rows: int, device: torch.device) -> None:
     _type(tensor.dtype in _INTEGERS, name, "be int32 or int64", tensor.dtype)
-    _value(tensor.shape == (rows,), name, f"be [{rows}], one a row", tensor.shape)
+    _value(tensor.shape == (rows,), name, "be [N], one a row", tensor.shape)
     _value(tensor.device == device, name, "be on logits' device", tensor.device)
 
 
