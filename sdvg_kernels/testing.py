@@ -20,6 +20,9 @@ from sdvg_kernels import (
     block_causal_attention,
     commit_,
     compact_,
+    diagonal_attention,
+    diagonal_mask,
+    diagonal_schedule,
     gated_residual_layer_norm,
     implementations,
     norm_rope,
@@ -270,6 +273,8 @@ def main() -> int:
                 failed |= not _report(
                     what, _check_attention, lane, dtype, rows, sink, window, block_size
                 )
+            what = f"diagonal_attention {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _check_diagonal, lane, dtype)
             what = f"norm_rope_stage_ {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_rope, lane, dtype)
             what = f"gated_residual_layer_norm {lane.name} {str(dtype)[6:]}"
@@ -329,6 +334,31 @@ def _check_attention(
         **options,
     )
     assert_within_budget(out, plain, exact)
+
+
+def _check_diagonal(lane: Lane, dtype: torch.dtype) -> None:
+    """Assert that two passes in one batch see what their mask says, and nothing else."""
+    random = torch.Generator().manual_seed(0)
+    made = diagonal_schedule(2, 5, 7, 2, row_start="newest", prefix=19, device=lane.device)
+    slots, steps = made.slots[[9, 25]], made.steps[[9, 25]]
+    size = made.size
+    sees = diagonal_mask(slots, steps, made.grid, size, implementation=lane.implementation)
+    wide = [torch.randn(2, slots.shape[1], 4, 64, generator=random)]
+    wide += [torch.randn(2, size, 2, 64, generator=random) for _ in range(2)]
+    query, k, v = (tensor.to(lane.device, dtype) for tensor in wide)
+    k[~sees.any(1)] = torch.nan
+    v[~sees.any(1)] = torch.nan
+    out = diagonal_attention(
+        query, k, v, slots, steps, made.grid, implementation=lane.implementation
+    )
+    assert not out[slots < 0].any(), "padding is not 0"
+
+    def plain(kind: torch.dtype) -> torch.Tensor:
+        tensors = (x.nan_to_num().to(kind).transpose(1, 2) for x in (query, k, v))
+        out = F.scaled_dot_product_attention(*tensors, attn_mask=sees[:, None], enable_gqa=True)
+        return out.transpose(1, 2)[slots >= 0]
+
+    assert_within_budget(out[slots >= 0], plain(dtype), plain(torch.float64))
 
 
 def _check_rope(lane: Lane, dtype: torch.dtype) -> None:

@@ -198,9 +198,14 @@ def check(
     assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "dim"), [((2, 2), 64), ((4, 1), 64), ((3, 1), 100), ((4, 2), 128)]
+    ("heads", "dim", "published"),
+    [
+        ((2, 2), 64, False),
+        ((4, 1), 64, True),
+        ((3, 1), 100, False),
+        ((4, 2), 128, False),
+    ],
 )
 @pytest.mark.parametrize(
     ("mode", "row_start", "extra"),
@@ -217,8 +222,8 @@ def test_attention_equals_a_dense_mask(
     random: torch.Generator,
 ) -> None:
     made = schedule(2, 5, 7, 2, mode, row_start, prefix=19, extra=extra)
-    # sequences at different passes, one in the middle of each frame
-    at = [0, 9, made.frame_starts[1], made.frame_starts[1] + 6, len(made.slots) - 1]
+    # sequences at different passes
+    at = [9, made.frame_starts[1], len(made.slots) - 2]
     slots, steps = made.slots[at], made.steps[at]
     size = made.size + 3
     query, k, v, sees = inputs(
