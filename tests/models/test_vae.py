@@ -241,23 +241,26 @@ def test_graphs_without_a_gpu_say_why(caplog: pytest.LogCaptureFixture) -> None:
 # --- the graphs' buffers, on a CPU: what a graph would replay is run again ---
 
 
-class _Replayed(vae_fused.DecoderGraphs):
-    """Graphs that run their forward again, on the same buffers."""
+class _Rerun:
+    """Stands for a recorder: a replay runs the forward again, on the same buffers."""
 
-    captures = 0
+    def __init__(self, graphs: vae_fused.DecoderGraphs) -> None:
+        self.graphs, self.captures = graphs, 0
 
-    def _warm_up(
-        self, latents: Tensor, features: Sequence[vae_fused.Feature], first: bool
-    ) -> tuple[vae_fused.Feature, ...]:
-        return self._forward(latents, features, first, None)[1]
+    def drop(self) -> None:
+        """Let go of nothing."""
 
-    def _record(
+    def warm_up(self, forward: Callable[[], object], device: torch.device) -> object:
+        """Return what `forward` does."""
+        return forward()
+
+    def record(
         self, forward: Callable[[], Tensor], device: torch.device
     ) -> tuple[Tensor, Callable[[], None]]:
+        """Return what `forward` does, not yet written, as capturing runs nothing."""
         self.captures += 1
-        # capturing runs nothing: what it returns is not yet written
         frames = torch.full_like(forward(), torch.nan)
-        for buffers in self._buffers.values():
+        for buffers in self.graphs._buffers.values():
             for buffer in buffers:
                 buffer.fill_(torch.nan)
         return frames, lambda: frames.copy_(forward())
@@ -267,7 +270,8 @@ class _Replayed(vae_fused.DecoderGraphs):
 def replayed(monkeypatch: pytest.MonkeyPatch) -> StreamingVAE:
     monkeypatch.setattr(vae_fused, "_reason", lambda *_: "")
     decoder = fused()
-    decoder._graphs = _Replayed(decoder._forward, decoder.vae.parameters)
+    decoder._graphs = vae_fused.DecoderGraphs(decoder._forward, decoder.vae.parameters)
+    decoder._graphs._recorder = _Rerun(decoder._graphs)
     return decoder
 
 
@@ -279,7 +283,7 @@ def test_replayed_blocks_equal_launched_ones_bitwise(replayed: StreamingVAE) -> 
         assert torch.equal(got, expected)
         assert all(map(torch.equal, state.features, wanted.features))
     # the first block and later ones
-    assert replayed._graphs.captures == 2
+    assert replayed._graphs._recorder.captures == 2
 
 
 def test_a_state_outlives_replays_bitwise(replayed: StreamingVAE) -> None:
@@ -326,17 +330,17 @@ def test_rows_of_a_batch_have_graphs_of_their_own(replayed: StreamingVAE) -> Non
         chosen = decoder.select(after, mended, rows)
         expected.append((frames, decoder.decode(video[:, 3:], chosen)[0]))
     assert all(map(torch.equal, *expected))
-    assert replayed._graphs.captures == 3
+    assert replayed._graphs._recorder.captures == 3
 
 
 def test_moved_weights_are_captured_anew(replayed: StreamingVAE) -> None:
     streamed(replayed, latents(6))
     streamed(replayed, latents(6))
-    assert replayed._graphs.captures == 2
+    assert replayed._graphs._recorder.captures == 2
     conv = replayed.vae.decoder.conv_in
     conv.weight.data = conv.weight.data * 2
     got, _ = streamed(replayed, latents(6))
-    assert replayed._graphs.captures == 4
+    assert replayed._graphs._recorder.captures == 4
     other = fused()
     other.vae.decoder.conv_in.weight.data *= 2
     assert torch.equal(got, streamed(other, latents(6))[0])
@@ -350,7 +354,7 @@ def test_a_capture_that_fails_is_said_and_launched(
     def fails(*_: object) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
-    monkeypatch.setattr(_Replayed, "_record", fails)
+    monkeypatch.setattr(_Rerun, "record", fails)
     got, _ = streamed(replayed, latents(6))
     assert torch.equal(got, streamed(fused(), latents(6))[0])
     (said,) = caplog.messages

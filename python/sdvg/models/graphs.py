@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sdvg.models.capture import Recorder, first_cause
 
 if TYPE_CHECKING:
     from sdvg.models.wan import CausalWan
@@ -34,10 +35,7 @@ class Graphs:
         self._stamp: tuple[Tensor, ...] = ()
         # of the weights and of the prompt's keys
         self._addresses: tuple[int, ...] = ()
-        self._pool: tuple[int, int] | None = None
-        # one for all captures: freed memory of a pool serves only the stream that it came from, and
-        # cuBLAS keeps a workspace for each stream that it has seen
-        self._stream: torch.cuda.Stream | None = None
+        self._recorder = Recorder()
         # why a capture failed; another one of this model would too
         self._failure = ""
 
@@ -58,8 +56,8 @@ class Graphs:
         self._addresses, self._failure = (), ""
 
     def _drop(self) -> None:
-        # a pool whose graphs are gone takes no new ones
-        self._graphs, self._stamp, self._pool = {}, (), None
+        self._graphs, self._stamp = {}, ()
+        self._recorder.drop()
 
     def __call__(
         self,
@@ -96,7 +94,7 @@ class Graphs:
                 self._graphs[key] = buffers, self._capture(forward)
             except RuntimeError as error:
                 self._drop()
-                self._failure = f"a capture failed: {_first_cause(error)}"
+                self._failure = f"a capture failed: {first_cause(error)}"
             if self._failure:
                 return self(start_frame, latents, embedded, rows)
         buffers, replay = self._graphs[key]
@@ -114,48 +112,16 @@ class Graphs:
         return self._failure
 
     def _capture(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run `forward` until nothing is made for the first time, capture it, return the replay."""
+        """Capture `forward` and return its replay."""
         device = self.model.cache.k.device
-        # another GPU may be the current one
-        with torch.cuda.device(device):
-            before = torch.cuda.current_stream()
-            self._stream = stream = self._stream or torch.cuda.Stream()
-            stream.wait_stream(before)
-            try:
-                with torch.cuda.stream(stream):
-                    for _ in range(2):
-                        forward()
-            finally:
-                # what comes next writes where it has written, captured or not
-                before.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            try:
-                # other threads may allocate meanwhile
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-                ):
-                    out = forward()
-            except RuntimeError:
-                # a broken capture leaves its stream current and the allocator in its pool
-                torch.cuda.set_stream(before)
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
-                    torch._C._cuda_releasePool(before.device_index, self._pool)
-                raise
+        self._recorder.warm_up(forward, device)
+        out, run = self._recorder.record(forward, device)
 
         def replay() -> Tensor:
-            graph.replay()
+            run()
             return out
 
         return replay
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return the first line of what went wrong first."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import weakref
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvg.models.capture import Recorder, first_cause
 from sdvg_kernels import rms_norm_silu
 
 _LOG = logging.getLogger("sdvg")
@@ -316,9 +316,8 @@ class DecoderGraphs:
     def __init__(self, forward: Forward, parameters: Callable[[], Iterator[Tensor]]) -> None:
         self._forward, self._parameters = forward, parameters
         self._addresses: tuple[int, ...] = ()
+        self._recorder = Recorder()
         self._drop()
-        # one for all captures: freed memory of a pool serves only the stream that it came from
-        self._stream: torch.cuda.Stream | None = None
 
     def _drop(self) -> None:
         # (shape of the latents, whether the block is a video's first) -> its graph, or why not
@@ -327,8 +326,7 @@ class DecoderGraphs:
         self._buffers: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
         # ... -> the state that is in them
         self._held: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], ...]] = {}
-        # a pool whose graphs are gone takes no new ones
-        self._pool: tuple[int, int] | None = None
+        self._recorder.drop()
 
     def start(self) -> None:
         """Begin a video: drop what was captured if weights lie elsewhere by now."""
@@ -365,7 +363,9 @@ class DecoderGraphs:
     ) -> _Captured | str:
         """Return the graph for what is given, or why there is none."""
         place, fixed = (len(latents), *latents.shape[3:]), latents.clone()
-        after = self._warm_up(latents, features, first)
+        _, after = self._recorder.warm_up(
+            lambda: self._forward(latents, features, first, None), latents.device
+        )
         buffers = self._buffers.setdefault(place, after)
         self._held.pop(place, None)
         del after
@@ -375,53 +375,12 @@ class DecoderGraphs:
             return self._forward(fixed, before, first, buffers)[0]
 
         try:
-            frames, replay = self._record(forward, latents.device)
+            frames, replay = self._recorder.record(forward, latents.device)
         except RuntimeError as error:
             # a pool that a capture has failed in is not used again, nor are its graphs
             self._drop()
-            cause: BaseException = error
-            while cause.__context__ is not None:
-                cause = cause.__context__
-            return f"the capture failed: {type(cause).__name__}: {cause}".splitlines()[0]
+            return f"the capture failed: {first_cause(error)}"
         return _Captured(fixed, frames, replay)
-
-    def _warm_up(
-        self, latents: Tensor, features: Sequence[Feature], first: bool
-    ) -> tuple[Feature, ...]:
-        """Run until nothing is made for the first time; return the features."""
-        device = latents.device
-        # another GPU may be the current one
-        with torch.cuda.device(device):
-            before = torch.cuda.current_stream()
-            self._stream = stream = self._stream or torch.cuda.Stream()
-            stream.wait_stream(before)
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    _, after = self._forward(latents, features, first, None)
-            before.wait_stream(stream)
-        return after
-
-    def _record(
-        self, forward: Callable[[], Tensor], device: torch.device
-    ) -> tuple[Tensor, Callable[[], None]]:
-        """Capture `forward`; return what it returned, and what runs it again."""
-        with torch.cuda.device(device):
-            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            try:
-                # other threads may allocate meanwhile
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    frames = forward()
-            except RuntimeError:
-                # a broken capture leaves its stream current and the allocator in its pool
-                torch.cuda.set_stream(before)
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
-                    torch._C._cuda_releasePool(before.device_index, self._pool)
-                raise
-        return frames, graph.replay
 
 
 def _reason(latents: Tensor, features: Sequence[Feature], first: bool, offloaded: bool) -> str:
