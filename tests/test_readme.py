@@ -41,7 +41,7 @@ def test_python_snippets_run_one_after_another(capsys: pytest.CaptureFixture[str
 
 def test_commands_parse() -> None:
     commands = [line for line in COMMANDS if line.startswith("sdvg ")]
-    assert {shlex.split(line)[1] for line in commands} == {"generate", "sweep", "env"}
+    assert {shlex.split(line)[1] for line in commands} == {"generate", "sweep", "tokens", "env"}
     for line in commands:
         parser().parse_args(shlex.split(line, comments=True)[1:])
 

@@ -33,7 +33,7 @@ COLUMNS = (
 WIDTHS = (1, 2, 4, 8)
 QUICK = (1, 4)
 # of speculative coupled decoding
-WINDOWS = (16, 64)
+WINDOWS = (16, 64, 256)
 # the first prompts, whose frames are kept for the picture
 PICTURED = 3
 
