@@ -131,3 +131,33 @@ def test_bad_input_gets_one_sentence(model: TokenLlama) -> None:
     decoder = JacobiDecoder(model, LAYOUT)
     with pytest.raises(ValueError, match=r"jacobi: actions must be \[1, 1, 1\], got None"):
         decoder.generate(torch.zeros(1, 1).long(), frames=2)
+    with pytest.raises(ValueError, match="jacobi: frames must be at least 1, got 0"):
+        decoder.generate(torch.zeros(1, 1).long(), frames=0)
+    with pytest.raises(ValueError, match=r"prompts must be ids \[B, P >= 1\], got \[3\]"):
+        decoder.generate(torch.zeros(3).long(), frames=1)
+
+
+def test_nan_logits_are_one_sentence(model: TokenLlama) -> None:
+    broken = TokenLlama(SIZES).double()
+    broken.load_state_dict(model.state_dict())
+    broken.norm.data[3] = torch.nan
+    run = JacobiDecoder(broken, LAYOUT).generate(torch.zeros(2, 1).long(), frames=1)
+    with pytest.raises(ValueError, match="logits must be finite, got NaN or infinity in frame 0"):
+        list(run)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_tokens_of_the_cpu(model: TokenLlama) -> None:
+    layout = Layout(3, 4, 3, first=2, extra=1)
+    prompts, actions = torch.tensor([[0, 5], [1, 3]]), torch.tensor([[[1]], [[0]]])
+    here = JacobiDecoder(model, layout, window=4).generate(prompts, frames=2, actions=actions)
+    list(here)
+    moved = TokenLlama(SIZES).double()
+    moved.load_state_dict(model.state_dict())
+    moved = moved.eval().requires_grad_(False).cuda()
+    moved.masked = True
+    there = JacobiDecoder(moved, layout, window=4).generate(
+        prompts.cuda(), frames=2, actions=actions.cuda()
+    )
+    list(there)
+    assert torch.equal(there.codes.cpu(), here.codes)

@@ -72,10 +72,19 @@ class JacobiDecoder:
 
         Sequences keep pace with their own drafts: a frame may come earlier for some of the batch.
         """
+        if prompts.ndim != 2 or not prompts.shape[1]:
+            raise ValueError(f"jacobi: prompts must be ids [B, P >= 1], got {list(prompts.shape)}")
+        if frames < 1:
+            raise ValueError(f"jacobi: frames must be at least 1, got {frames}")
         check_ids("prompts", prompts, tuple(prompts.shape), self.model.vocabulary)
         guided = self.sampling.guidance != 1
         if guided != (uncond is not None):
-            raise ValueError("jacobi: uncond must be given with guidance and only then")
+            raise ValueError(
+                "jacobi: uncond must be given with guidance and only then, got guidance "
+                f"{self.sampling.guidance:g} {'without' if guided else 'with'} it"
+            )
+        if uncond is not None:
+            check_ids("uncond", uncond, tuple(prompts.shape), self.model.vocabulary)
         wanted = (len(prompts), frames - 1, self.layout.extra)
         if isinstance(actions, Tensor):
             check_ids("actions", actions, wanted, self.model.vocabulary)
