@@ -18,10 +18,14 @@ ROUTER_STREAM = 2**32
 
 
 def _generator(seed: int, sequence: int, block: int, stream: int) -> numpy.random.Generator:
-    # the low counter word counts draws, the others name the stream; a negative seed wraps
-    # like a C cast
-    counter = [0, stream, block, sequence]
-    return numpy.random.Generator(numpy.random.Philox(counter=counter, key=[seed % 2**64, 0]))
+    # the low counter word counts draws, the others name the stream
+    counter = _words(0, stream, block, sequence)
+    return numpy.random.Generator(numpy.random.Philox(counter=counter, key=_words(seed, 0)))
+
+
+def _words(*values: int) -> numpy.ndarray:
+    # a negative value wraps like a C cast; as a list, numpy would make one of 2**63 a float64
+    return numpy.array([value % 2**64 for value in values], dtype=numpy.uint64)
 
 
 def normal(

@@ -314,6 +314,13 @@ def test_seeds_and_sequences_give_different_videos(pair: TinyPair) -> None:
     assert not torch.equal(two, other)
 
 
+def test_seeds_of_any_sign_and_size_are_different_ones() -> None:
+    """Negative seeds all gave the noise of seed 0, and neighbours above 2**63 one noise."""
+    seeds = (0, -1, -2, 2**63, 2**63 + 1, 2**64 - 3)
+    made = [normal((4,), seed=seed, sequences=(0,), block=0, step=0) for seed in seeds]
+    assert len({tuple(each.flatten().tolist()) for each in made}) == len(seeds)
+
+
 def test_the_target_runs_only_for_rejected_sequences(pair: TinyPair) -> None:
     target = tiny_wan(seed=2)
     ran: list[tuple[int, ...]] = []
