@@ -180,17 +180,17 @@ def _forward(
 
 
 @pytest.mark.parametrize("mode", ["spatial", "spatiotemporal", "zipar"])
-@pytest.mark.parametrize("row_start", ["newest", "above"])
+@pytest.mark.parametrize("row_start", ["newest", "above", "prompt"])
 def test_each_token_sees_what_the_rule_says(mode: str, row_start: str, model: TokenLlama) -> None:
-    prompts, actions = random_ids(2, 3), random_ids(2, 1, 2)
+    # "prompt" takes stand-ins from the frame that the prompt ends with
+    prompts, actions = random_ids(2, 14 if row_start == "prompt" else 3), random_ids(2, 1, 2)
     for k in (1, 2, 3):
         how = {"k": k, "mode": mode, "row_start": row_start}
         decoder = DiagonalDecoder(model, LAYOUT, **how, sampling=Sampling(temperature=0))
         run = decoder.generate(prompts, frames=2, actions=actions)
         list(run)
         assert torch.equal(run.codes, by_the_rule(model, prompts, 2, LAYOUT, actions, **how))
-        grid = decoder.grid(3)
-        assert run.passes == grid.passes(2)
+        assert run.passes == decoder.passes(2)
 
 
 def test_the_cache_ends_as_raster_decoding_of_the_same_tokens_would_leave_it(
@@ -316,6 +316,38 @@ def test_noise_is_keyed_by_a_tokens_place_in_the_video_alone() -> None:
     assert len(expected.unique()) > 5
     for how in ({"k": 1}, {"k": 2, "mode": "spatiotemporal"}, {"k": 3, "context": 45}):
         assert torch.equal(_video(DiagonalDecoder(blind, LAYOUT, **how), **given), expected)
+
+
+def test_a_pass_of_each_width_is_recorded_once(
+    model: TokenLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+
+    class Recorder:
+        """A recording runs nothing, a replay runs the pass: as on a GPU."""
+
+        def warm_up(self, forward: Callable[[], None], _: torch.device) -> None:
+            forward()
+            forward()
+
+        def record(
+            self, forward: Callable[[], None], _: torch.device
+        ) -> tuple[None, Callable[[], None]]:
+            recorded.append(forward.args[0])
+            return None, forward
+
+    prompts, actions = random_ids(3, 5), random_ids(3, 2, 2)
+    for how in ({"k": 2}, {"k": 1, "mode": "spatiotemporal"}):
+        decoder = DiagonalDecoder(model, LAYOUT, **how)
+        expected = _video(decoder, prompts=prompts, actions=actions)
+        monkeypatch.setattr(decoder, "graphs", True)
+        monkeypatch.setattr(decoder, "recorder", Recorder())
+        recorded.clear()
+        for delays in (None, None, [4, 0, 9]):
+            found = _video(decoder, prompts=prompts, actions=actions, delays=delays)
+            assert torch.equal(found, expected)
+        (window,) = decoder._windows.values()
+        assert sorted(recorded) == sorted(set(window.plan.buckets))
 
 
 def test_steps_are_passes(model: TokenLlama) -> None:

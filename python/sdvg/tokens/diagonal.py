@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sdvg.models.capture import Recorder
 from sdvg.tokens.window import TokenModel, Window
 from sdvg_kernels import TokenGrid
 
@@ -149,6 +150,7 @@ class DiagonalDecoder:
         # raises where sizes or k are wrong
         self.grid(1)
         # what a run leaves for the next: a cache, and captured passes
+        self.recorder = Recorder()
         self._windows: dict[tuple[int, int, int], Window] = {}
         self._cache: object = None
         self._cache_shape = (0, 0)
@@ -200,6 +202,7 @@ class DiagonalDecoder:
         if self._cache_shape != (copies * batch, slots):
             # captured passes hold the cache's address
             self._windows.clear()
+            self.recorder.drop()
             self._cache = self.model.new_cache(copies * batch, slots)
             self._cache_shape = (copies * batch, slots)
         key = (batch, prefix, frames)

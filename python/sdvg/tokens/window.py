@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -184,18 +185,13 @@ class Window:
 
     def _capture(self, width: int) -> Callable[[], None]:
         """Capture the pass of a width and return its replay; sequences stay where they are."""
-        device = self._decoder.model.device
-        # a pass done twice writes the same: only the count must be put back
-        at = self._at.clone()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._at.copy_(at)
-                self._pass(width)
+        decoder, at = self._decoder, self._at.clone()
+
+        def again() -> None:
+            # a pass done twice writes the same: only the count must be put back
             self._at.copy_(at)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
             self._pass(width)
-        return graph.replay
+
+        decoder.recorder.warm_up(again, decoder.model.device)
+        self._at.copy_(at)
+        return decoder.recorder.record(partial(self._pass, width), decoder.model.device)[1]
