@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -63,6 +64,39 @@ def test_bad_options_are_one_sentence(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"sdvg: {text}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_refuses_a_k_before_it_makes_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["tokens", "sweep", "--k", "1", "17", "--tuned", "no", "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        "sdvg: diagonal_schedule: k must be in [1, width 16], got 17; k = width is raster decoding"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_keeps_the_finished_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import av
+
+    from sdvg.tokens.embedded import EmbeddedVideos
+
+    def shown(self: EmbeddedVideos, prompts: list[str], **_: object) -> Iterator[Shown]:
+        yield Shown(0, torch.zeros(len(prompts), 3, 32, 32), 31, 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmbeddedVideos, "generate", shown)
+    out = tmp_path / "a.mp4"
+    assert main(["tokens", "generate", "a six", "a two", "--out", str(out)]) == 130
+    assert "interrupted; 1 of 8 frames were finished and are kept" in capsys.readouterr().err
+    for name in ("a-1", "a-2"):
+        with av.open(str(tmp_path / f"{name}.mp4")) as video:
+            assert len(list(video.decode(video=0))) == 1
+        assert json.loads((tmp_path / f"{name}.json").read_text())["interrupted"] is True
 
 
 class Quality(NamedTuple):
