@@ -6,11 +6,16 @@ import html
 import inspect
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 Generator = torch.Generator | int
 _GUIDANCE = "the models are distilled to run without guidance: leave it out"
 _STEPS = "give schedule=, the name of a preset or a Schedule of timesteps"
+# axes that pixels have
+_AXES = {"image": (3, 4), "video": (4, 5)}
 # what other pipelines take, and what serves here
 _ELSEWHERE = {
     "negative_prompt": _GUIDANCE,
@@ -57,15 +62,59 @@ def texts(prompt: str | Sequence[str]) -> list[str]:
     ]
 
 
-def require_pixels(name: str, media: object, kinds: tuple[type, ...]) -> None:
-    """Raise TypeError for an image or a video that is not of `kinds`; None is fine."""
+def pixels(name: str, media: object) -> object:
+    """Return an image or a video (`name`) as diffusers' processors take it; None stays None.
+
+    PIL images become RGB, arrays become tensors `[..., 3, H, W]` in [0, 1]: whole numbers count to
+    255. Raises TypeError for what holds no pixels, ValueError for other shapes and values.
+    """
     if isinstance(media, str):
         raise TypeError(
             f"pipeline: {name} must be pixels, got {media!r}; "
             f"diffusers.utils.load_{name}({media!r}) reads them"
         )
-    if media is not None and not isinstance(media, kinds):
+    return None if media is None else _pixels(name, media, _AXES[name])
+
+
+def _pixels(name: str, media: object, axes: Sequence[int]) -> object:
+    """Return pixels that have one of these counts of axes; in a list they have one less."""
+    listed = isinstance(media, Sequence) and not isinstance(media, str)
+    if listed and media and max(axes) > 3:
+        return [_pixels(name, each, [count - 1 for count in axes if count > 3]) for each in media]
+    if listed:
+        shape = "an empty list" if not media else "lists of lists"
+    elif isinstance(media, Image.Image):
+        media, shape = media.convert("RGB"), [3, media.height, media.width]
+    else:
+        media = _in_range(name, media)
+        shape = list(media.shape)
+    if listed or len(shape) not in axes or shape[-3] != 3 or 0 in shape:
+        frames = "N, " if name == "video" else ""
+        raise ValueError(
+            f"pipeline: {name} must be [B, {frames}3, H, W], as NumPy [B, {frames}H, W, 3], or a "
+            f"list of images, got {shape}"
+        )
+    return media
+
+
+def _in_range(name: str, media: object) -> Tensor:
+    """Return a tensor's or an array's pixels `[..., 3, H, W]` in [0, 1]."""
+    if isinstance(media, np.ndarray) and media.dtype.kind in "uif":
+        # an array that was flipped has strides that torch does not take
+        media = torch.from_numpy(np.ascontiguousarray(media))
+        media = media.movedim(-1, -3) if media.ndim > 2 else media
+    if not isinstance(media, Tensor) or media.dtype == torch.bool or media.is_complex():
         raise TypeError(f"pipeline: {name} must be pixels, got {media!r}")
+    if not media.is_floating_point():
+        media = media / 255
+    if media.numel():
+        low, high = (float(end) for end in media.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"pipeline: {name} must lie in [0, 1], or be whole numbers up to 255, "
+                f"got {low:.3g} to {high:.3g}"
+            )
+    return media
 
 
 def seeds(generator: Generator | Sequence[Generator] | None) -> int | list[int]:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from sdvg.arguments import Generator, foreign, require_pixels, seeds, texts
+from sdvg.arguments import Generator, foreign, pixels, seeds, texts
 from sdvg.commit import Recompute, policy
 from sdvg.engine import SDVG, Generation
 from sdvg.host import device_of, is_there
@@ -499,28 +499,27 @@ class SDVGPipeline(DiffusionPipeline):
         if image is not None and video is not None:
             raise ValueError("pipeline: image and video must not both be given, got both")
         first = 1 + TIME * (self.config.frames_per_block - 1)
-        for name, media in (("image", image), ("video", video)):
-            require_pixels(name, media, (Tensor, np.ndarray, Image.Image, Sequence))
+        image, video = pixels("image", image), pixels("video", video)
         if image is not None:
-            pixels = self.video_processor.preprocess(image, height, width)
-            pixels = pixels[:, :, None].expand(-1, -1, first, -1, -1)
+            shown = self.video_processor.preprocess(image, height, width)
+            shown = shown[:, :, None].expand(-1, -1, first, -1, -1)
         elif video is not None:
-            pixels = self.video_processor.preprocess_video(video, height, width)
+            shown = self.video_processor.preprocess_video(video, height, width)
         else:
             return None
         block = TIME * self.config.frames_per_block
-        if pixels.shape[2] < first or (pixels.shape[2] - first) % block:
+        if shown.shape[2] < first or (shown.shape[2] - first) % block:
             raise ValueError(
                 f"pipeline: video must have whole blocks, {first} + n * {block} frames, "
-                f"got {pixels.shape[2]}"
+                f"got {shown.shape[2]}"
             )
-        if len(pixels) not in (1, batch):
+        if len(shown) not in (1, batch):
             raise ValueError(
                 f"pipeline: image or video must be one, or one for each of {batch} prompts, "
-                f"got {len(pixels)}"
+                f"got {len(shown)}"
             )
         dtype = self.vae.post_quant_conv.weight.dtype
-        latents = self.vae.encode(pixels.to(self._device_of(self.vae), dtype)).latent_dist.mode()
+        latents = self.vae.encode(shown.to(self._device_of(self.vae), dtype)).latent_dist.mode()
         channels = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.vae.config.latents_mean).view(channels).to(latents)
         std = torch.tensor(self.vae.config.latents_std).view(channels).to(latents)

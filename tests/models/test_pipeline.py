@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="the pipeline is a diffusers class")
 pytest.importorskip("transformers", reason="the text encoder is a transformers class")
@@ -148,6 +149,47 @@ def test_an_image_and_a_video_are_gone_on_from(pipe: SDVGPipeline) -> None:
     assert [row[0].reason for row in out.verdicts[:2]] == ["given"] * 2
 
 
+def test_the_same_pixels_in_any_form_give_the_same_video(pipe: SDVGPipeline) -> None:
+    """A PNG with transparency failed in the encoder; whole numbers were taken for 0 to 1."""
+    grey = torch.randint(0, 256, (32, 32), generator=torch.Generator().manual_seed(0))
+    whole = grey.to(torch.uint8).numpy()[..., None].repeat(3, 2)
+    picture = Image.fromarray(whole)
+    forms = (
+        picture, picture.convert("L"), picture.convert("RGBA"), [picture], whole,
+        whole[None], whole[:, ::-1][:, ::-1].astype("float32") / 255,
+        torch.from_numpy(whole).permute(2, 0, 1),
+    )  # fmt: skip
+    made = [frames(pipe, image=form, num_blocks=1) for form in forms]
+    made += [
+        frames(pipe, video=form, num_blocks=1)
+        for form in ([picture] * 9, (picture,) * 9, [[picture] * 9], [whole] * 9)
+    ]
+    assert all((other - made[0]).abs().max() < 1e-5 for other in made[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"image": torch.zeros(1, 1, 32, 32)}, r"image must be \[B, 3, H, W\].*\[1, 1, 32, 32\]"),
+        ({"image": torch.zeros(1, 9, 3, 32, 32)}, r"got \[1, 9, 3, 32, 32\]"),
+        ({"image": []}, "a list of images, got an empty list"),
+        ({"image": [[torch.zeros(3, 32, 32)]]}, "got lists of lists"),
+        ({"image": torch.full((3, 32, 32), 2.0)}, r"must lie in \[0, 1\], .*got 2 to 2"),
+        ({"image": torch.full((3, 32, 32), float("nan"))}, "got nan to nan"),
+        ({"video": []}, "video must be .* got an empty list"),
+        ({"video": torch.zeros(3, 32, 32)}, r"video must be \[B, N, 3, H, W\], .*\[3, 32, 32\]"),
+        ({"video": torch.zeros(1, 0, 3, 32, 32)}, r"got \[1, 0, 3, 32, 32\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pixels_that_do_not_fit_are_named_in_one_sentence(
+    pipe: SDVGPipeline, options: dict[str, object], text: str
+) -> None:
+    """They failed inside of diffusers or torch, or made a video of something else."""
+    with pytest.raises(ValueError, match=text):
+        pipe(PROMPT, **options)
+
+
 def test_videos_of_one_call_equal_them_alone(pipe: SDVGPipeline) -> None:
     both = frames(pipe, [PROMPT, PROMPT])
     assert (both[:1] - frames(pipe)).abs().max() < 1e-4
@@ -238,6 +280,7 @@ def test_without_a_generator_torchs_own_keys_the_noise(pipe: SDVGPipeline) -> No
             r"image must be pixels, got .*load_image\('seven.png'\) reads them",
         ),
         ({"video": 3}, "video must be pixels, got 3"),
+        ({"image": [1, 2]}, "image must be pixels, got 1"),
         ({"tau": "high"}, "tau must be a number, got 'high'"),
         ({"callback_on_block_end": 3}, "callback_on_block_end must be callable, got int"),
         (
