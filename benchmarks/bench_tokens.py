@@ -141,7 +141,7 @@ def _frames(bench: Bench, world: World, k: int) -> Case:
         op="token frame",
         shape=(
             f"{world.name} {layout.height}x{layout.width} k={k} "
-            f"passes {slow.passes(1)} -> {fast.passes(1)}"
+            f"passes={fast.passes(1)} raster={slow.passes(1)}"
         ),
         dtype=str(model.norm.dtype).removeprefix("torch."),
         candidates=[spatial, raster],
