@@ -111,9 +111,14 @@ def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
     return -(-key_tiles // -(-key_tiles // most))
 
 
-def budget(arch: int, launch: Launch, is_float32: bool) -> Budget:
+# of the published form at head dim 100, which is for parity, under Triton 3.7.1 alone
+PUBLISHED_SPILLS = 16
+
+
+def budget(arch: int, launch: Launch, is_float32: bool, spill_bytes: int = 0) -> Budget:
     """Return what the attention kernel may cost: no spills; its matrix instruction."""
     if is_float32:
         return Budget()
     wide = {_HOPPER: "HGMMA", _BLACKWELL: "UTC"}.get(arch, "HMMA")
-    return Budget(matrix=wide if launch.BT >= 64 else "HMMA")
+    matrix = wide if launch.BT >= 64 else "HMMA"
+    return Budget(matrix=matrix, spill_bytes=spill_bytes)

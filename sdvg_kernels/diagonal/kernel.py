@@ -486,7 +486,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield every shipped configuration for `arch`: plain, and a split with every feature on."""
+    """Yield every shipped configuration for `arch`: plain, published, a split with all features."""
     yield from mask_compilations(arch)
     strides = ("stride_sb", "stride_st", "stride_pb", "stride_pt")
     caches = ("stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh")
@@ -499,7 +499,10 @@ def compilations(arch: int) -> Iterator[Compilation]:
             continue
         name = "fp32" if is_float32 else "bf16"
         padded = triton.next_power_of_2(dim)
-        for (_, attend), full in itertools.product(table, (False, True)):
+        forms = ("", " published", " split idx pad packed")
+        for (_, attend), form in itertools.product(table, forms):
+            full = form.startswith(" split")
+            spills = config.PUBLISHED_SPILLS if form == " published" and dim == 100 else 0
             combine = _combine.choose(attend.BT, padded, 2)
             last = full and combine.last_program
             absent = () if full else ("cache_batch_idx", "cache_leftpad", "part", "part_lse")
@@ -507,7 +510,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 kernel=diagonal_kernel,
                 arch=arch,
                 config=f"D{dim} {name} BT{attend.BT} BS{attend.BS}"
-                + (" split idx pad packed" if full else "")
+                + form
                 + (" combine" if last else ""),
                 signature=types | dict.fromkeys(("query", "k_cache", "v_cache", "out"), f"*{name}"),
                 constants={
@@ -520,7 +523,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                     "BN": combine.BN if last else 0,
                     "EDGE_STAGES": attend.edge_stages,
                     "IS_SPLIT": full,
-                    "IS_PUBLISHED": False,
+                    "IS_PUBLISHED": form == " published",
                     "HAS_INDEX": full,
                     "HAS_PAD": full,
                     "UPCAST_DOT": False,
@@ -538,5 +541,5 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 ),
                 num_warps=attend.num_warps,
                 num_stages=attend.num_stages,
-                budget=config.budget(arch, attend, is_float32),
+                budget=config.budget(arch, attend, is_float32, spills),
             )
