@@ -54,6 +54,17 @@ def test_accelerated_passes_equal_plain_ones(window: int | None, sink: int) -> N
         assert (fused.cache.k - plain.cache.k).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["plain", "accelerated"])
+def test_a_model_that_ran_in_inference_mode_runs_outside_of_it_too(which: int) -> None:
+    """The cache was made in that mode and could not be written any more."""
+    model, fresh = both(torch.float32)[which], both(torch.float32)[which]
+    latents = torch.randn(3, 4 * FRAMES, *model.block_shape[1:])
+    with torch.inference_mode():
+        inside = run(model, latents.clone())
+    for outs in zip(run(fresh, latents), inside, run(model, latents), strict=True):
+        assert all(torch.equal(out, outs[0]) for out in outs[1:])
+
+
 def test_the_weight_of_past_keys_reaches_both() -> None:
     with float64_norms():
         (plain, fused), (even, _) = both(past_weight=0.3), both()

@@ -333,6 +333,13 @@ def test_rows_of_a_batch_have_graphs_of_their_own(replayed: StreamingVAE) -> Non
     assert replayed._graphs._recorder.captures == 3
 
 
+def test_graphs_of_inference_mode_are_replayed_outside_of_it_too(replayed: StreamingVAE) -> None:
+    """Their buffers could not be written any more."""
+    with torch.inference_mode():
+        inside, _ = streamed(replayed, latents(6))
+    assert torch.equal(streamed(replayed, latents(6))[0], inside)
+
+
 def test_moved_weights_are_captured_anew(replayed: StreamingVAE) -> None:
     streamed(replayed, latents(6))
     streamed(replayed, latents(6))

@@ -116,6 +116,8 @@ class StreamingVAE:
             self._graphs.start()
         return DecoderState((None,) * self._convolutions, True)
 
+    # graphs keep what they were captured with, and write there in any mode of a later caller
+    @torch.inference_mode(False)
     @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Return frames `[B, N, 3, H, W]` in [0, 1] of latents `[B, F, C, h, w]`, and the state.

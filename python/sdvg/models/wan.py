@@ -157,6 +157,8 @@ class CausalWan:
         _, _, height, width = self.block_shape
         return tokens // self.frame_tokens, height // patch_height, width // patch_width
 
+    # what is made here stays, and is written in a caller's inference mode or out of it
+    @torch.inference_mode(False)
     @torch.no_grad()
     def start(self, prompts: Sequence[str]) -> None:
         """Encode `prompts` and empty the cache for one sequence each."""
@@ -230,6 +232,7 @@ class CausalWan:
         self.cache.seek(start_frame * self.frame_tokens, rows)
         self.cache.commit(frames * self.frame_tokens, None if rows is None else rows.int())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _forward(
         self,
