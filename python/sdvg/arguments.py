@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 Generator = torch.Generator | int
@@ -78,6 +77,8 @@ def pixels(name: str, media: object) -> object:
 
 def _pixels(name: str, media: object, axes: Sequence[int]) -> object:
     """Return pixels that have one of these counts of axes; in a list they have one less."""
+    from PIL import Image
+
     listed = isinstance(media, Sequence) and not isinstance(media, str)
     if listed and media and max(axes) > 3:
         return [_pixels(name, each, [count - 1 for count in axes if count > 3]) for each in media]
@@ -115,6 +116,34 @@ def _in_range(name: str, media: object) -> Tensor:
                 f"got {low:.3g} to {high:.3g}"
             )
     return media
+
+
+def require_fit(
+    part: str,
+    transformer: torch.nn.Module,
+    vae: torch.nn.Module,
+    text_encoder: torch.nn.Module,
+    height: int,
+    width: int,
+) -> None:
+    """Raise ValueError where a transformer (`part`) cannot make such a video with what is beside.
+
+    `height` and `width` are in pixels.
+    """
+    config = transformer.config
+    step = vae.config.scale_factor_spatial * config.patch_size[1]
+    for name, size in (("height", height), ("width", width)):
+        if size % step or size < step:
+            raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
+    for what, own, other, beside in (
+        ("latent channels", config.in_channels, vae.config.z_dim, "vae"),
+        ("text channels", config.text_dim, text_encoder.config.d_model, "text_encoder"),
+    ):
+        if own != other:
+            raise ValueError(
+                f"pipeline: {part} must have the {other} {what} of the {beside}, got {own}; "
+                "take both from one model (Wan 2.1 and 2.2 5B have autoencoders of their own)"
+            )
 
 
 def seeds(generator: Generator | Sequence[Generator] | None) -> int | list[int]:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from sdvg.arguments import Generator, foreign, pixels, seeds, texts
+from sdvg.arguments import Generator, foreign, pixels, require_fit, seeds, texts
 from sdvg.commit import Recompute, policy
 from sdvg.engine import SDVG, Generation
 from sdvg.host import device_of, is_there
@@ -37,8 +37,8 @@ from sdvg.router import Reward
 from sdvg.schedule import Schedule
 from sdvg.types import Block, Decoder, Router, Scorer, Stats, Verdict
 
-# pixels of a latent, and frames of a latent frame but the first
-SPACE, TIME = 8, 4
+# frames of a latent frame but the first
+TIME = 4
 OUTPUTS = ("np", "pt", "pil", "latent")
 Media = Tensor | np.ndarray | Image.Image | Sequence[object]
 
@@ -121,7 +121,9 @@ class SDVGPipeline(DiffusionPipeline):
             drafter_window_frames=drafter_window_frames, past_weight=past_weight,
             max_sequence_length=max_sequence_length, schedule=schedule, commit=str(policy(commit)),
         )  # fmt: skip
-        self.video_processor = VideoProcessor(vae_scale_factor=SPACE)
+        # pixels of a latent: 8, Wan 2.2's 5B has 16
+        self._space: int = vae.config.scale_factor_spatial
+        self.video_processor = VideoProcessor(vae_scale_factor=self._space)
         self._generation: Generation | None = None
         self._acceleration: dict[str, bool] | None = None
         self._decoder: StreamingVAE | None = None
@@ -467,10 +469,7 @@ class SDVGPipeline(DiffusionPipeline):
         transformer = getattr(self, part)
         if transformer is None:
             return None
-        for name, size in (("height", height), ("width", width)):
-            step = SPACE * transformer.config.patch_size[1]
-            if size % step or size < step:
-                raise ValueError(f"pipeline: {name} must be a multiple of {step}, got {size}")
+        require_fit(part, transformer, self.vae, self.text_encoder, height, width)
         # an offloaded model runs elsewhere than it lies; others run where the user has put them
         device = self._execution_device if hasattr(transformer, "_hf_hook") else None
         key = (transformer, height, width, device, self._acceleration, passes)
@@ -481,8 +480,9 @@ class SDVGPipeline(DiffusionPipeline):
                 # the latest video still holds it
                 model.release()
             model = CausalWan(
-                transformer, self._encode_once, height=height // SPACE, width=width // SPACE,
-                frames=self.config.frames_per_block, sink_frames=self.config.sink_frames,
+                transformer, self._encode_once, height=height // self._space,
+                width=width // self._space, frames=self.config.frames_per_block,
+                sink_frames=self.config.sink_frames,
                 window_frames=window_frames or self.config.window_frames,
                 past_weight=past_weight, device=device, **passes,
             )  # fmt: skip

@@ -15,9 +15,12 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="the pipeline is a diffusers class")
 pytest.importorskip("transformers", reason="the text encoder is a transformers class")
 
+from diffusers import WanTransformer3DModel
+
 from sdvg import SDVG, Always, Block, Never, Recompute, Reward, SDVGPipeline, accelerate, preset
 from sdvg.models import embedded
 from sdvg.scorers.digits import DigitsReward
+from tests.models.test_vae import stock
 
 PROMPT = "a seven moving left"
 
@@ -188,6 +191,44 @@ def test_pixels_that_do_not_fit_are_named_in_one_sentence(
     """They failed inside of diffusers or torch, or made a video of something else."""
     with pytest.raises(ValueError, match=text):
         pipe(PROMPT, **options)
+
+
+def _tiny(pipe: SDVGPipeline, **sizes: int) -> torch.nn.Module:
+    """A random transformer for an autoencoder of 4 channels and the text encoder of `pipe`."""
+    sizes = {"in_channels": 4, "text_dim": pipe.text_encoder.config.d_model} | sizes
+    return WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, out_channels=4, freq_dim=16, ffn_dim=16,
+        num_layers=1, **sizes,
+    )  # fmt: skip
+
+
+def test_wan_22s_autoencoder_makes_videos_of_the_size_asked_for(pipe: SDVGPipeline) -> None:
+    """Its latents stand for 16 pixels: videos were twice as large, and no image fitted."""
+    made = SDVGPipeline(
+        pipe.tokenizer, pipe.text_encoder, stock("wan 2.2"), pipe.scheduler, None, _tiny(pipe),
+        height=32, width=64, max_sequence_length=24,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    assert frames(made, num_blocks=1).shape == (1, 9, 3, 32, 64)
+    assert frames(made, num_blocks=1, image=torch.zeros(3, 32, 64)).shape == (1, 9, 3, 32, 64)
+    with pytest.raises(ValueError, match="height must be a multiple of 32, got 48"):
+        frames(made, height=48)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({}, "transformer must have the 16 latent channels of the vae, got 4; take both from"),
+        ({"in_channels": 16, "text_dim": 8}, "the 128 text channels of the text_encoder, got 8"),
+    ],
+)
+def test_a_transformer_of_another_model_is_named(
+    pipe: SDVGPipeline, sizes: dict[str, int], text: str
+) -> None:
+    parts = {**pipe.components, "transformer": _tiny(pipe, **sizes), "drafter": None}
+    other = SDVGPipeline(**parts, height=32, width=32, max_sequence_length=24)
+    with pytest.raises(ValueError, match=text):
+        frames(other)
 
 
 def test_videos_of_one_call_equal_them_alone(pipe: SDVGPipeline) -> None:
