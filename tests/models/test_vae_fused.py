@@ -64,9 +64,10 @@ def test_without_diffusers_it_decodes_block_by_block() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_within_twice_the_cpus_error(dtype: torch.dtype) -> None:
-    made = []
+    # small: a CPU's convolutions in float16 are slow
+    small, made = video()[:1, :, :6, :4, :5], []
     for kind, device in ((torch.float64, "cpu"), (dtype, "cpu"), (dtype, "cuda")):
-        decoder, latents = Streamed(kind, device), video()[:, :, :6].to(device, kind)
+        decoder, latents = Streamed(kind, device), small.to(device, kind)
         frames, features = decoder(latents[:, :, :3], NONE, True)
         rest, _ = decoder(latents[:, :, 3:], features, False)
         made.append(torch.cat((frames, rest), 2).cpu())

@@ -194,21 +194,26 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `activation(x) [..., in] @ weight.T + bias` in x's dtype."""
         rows, scale = quantize_rows(x.flatten(0, -2), activation=self.activation)
-        # the product adds a bias of its output's own dtype, and gives 16 bits everywhere
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        out = torch._scaled_mm(
-            rows,
-            self.weight.T,
-            scale_a=scale,
-            scale_b=self.scale,
-            bias=self.bias if half else None,
-            out_dtype=x.dtype if half else torch.bfloat16,
-            use_fast_accum=True,
-        )
-        if not half:
-            out = out.to(x.dtype)
-            if self.bias is not None:
-                out = out + self.bias
+        # a GPU's product gives 16 bits, and adds a bias of its output's own dtype
+        on_gpu, half = x.device.type == "cuda", x.dtype in (torch.bfloat16, torch.float16)
+        if on_gpu:
+            out = torch._scaled_mm(
+                rows,
+                self.weight.T,
+                scale_a=scale,
+                scale_b=self.scale,
+                bias=self.bias if half else None,
+                out_dtype=x.dtype if half else torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            # torch 2.11's product on a CPU takes one scale for all rows
+            one = scale.new_ones(())
+            out = torch._scaled_mm(rows, self.weight.T, one, one, out_dtype=torch.float32)
+            out = out * scale * self.scale
+        if self.bias is not None and not (on_gpu and half):
+            out = out + self.bias
+        out = out.to(x.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
