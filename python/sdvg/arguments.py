@@ -1,14 +1,20 @@
-"""What a call of the pipeline is given, made what the loop takes."""
+"""What the pipeline and its calls are given: checked, and made what the loop takes."""
 
 from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sdvg.commit import policy
+from sdvg.host import is_there
+from sdvg.schedule import preset
 
 Generator = torch.Generator | int
 _GUIDANCE = "the models are distilled to run without guidance: leave it out"
@@ -33,11 +39,12 @@ _ELSEWHERE = {
 }
 
 
-def foreign(name: str, value: object, call: Callable[..., object], frames: int) -> TypeError:
-    """Return the error for an argument that `call` does not take.
+def foreign(unknown: Mapping[str, object], call: Callable[..., object], frames: int) -> TypeError:
+    """Return the error for the first of the arguments that `call` does not take.
 
     `frames` are the latent frames of a block.
     """
+    name, value = next(iter(unknown.items()))
     text = f"pipeline: {name} must not be given, got {value!r}; "
     if name in _ELSEWHERE:
         return TypeError(text + _ELSEWHERE[name].format(first=4 * frames - 3, later=4 * frames))
@@ -116,6 +123,80 @@ def _in_range(name: str, media: object) -> Tensor:
                 f"got {low:.3g} to {high:.3g}"
             )
     return media
+
+
+def require_settings(**settings: object) -> None:
+    """Raise TypeError or ValueError for a setting of the pipeline that cannot be."""
+    frames = settings.get("frames_per_block", 3)
+    least = {
+        "frames_per_block": 1, "height": 1, "width": 1, "sink_frames": 0, "window_frames": frames,
+        "drafter_window_frames": frames, "max_sequence_length": 1,
+    }  # fmt: skip
+    known = {*least, "past_weight", "schedule", "commit"}
+    for name in settings.keys() - known:
+        raise TypeError(
+            f"pipeline: {name} must be a setting of the pipeline, got {settings[name]!r}; "
+            f"they are {', '.join(sorted(known))}"
+        )
+    for name, lowest in least.items():
+        value = settings.get(name, lowest)
+        # everything that was; the target's window
+        if value is None and name.endswith("window_frames"):
+            continue
+        if not isinstance(value, int):
+            raise TypeError(f"pipeline: {name} must be an integer, got {value!r}")
+        if value < lowest:
+            raise ValueError(f"pipeline: {name} must be at least {lowest}, got {value}")
+    weight = settings.get("past_weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 < weight <= 1:
+        raise ValueError(f"pipeline: past_weight must lie in (0, 1], got {weight!r}")
+    schedule = settings.get("schedule", "self_forcing")
+    if not isinstance(schedule, str):
+        raise TypeError(f"pipeline: schedule must be the name of a preset, got {schedule!r}")
+    preset(schedule)
+    policy(settings.get("commit", "lazy"))
+
+
+def require_devices(**devices: object) -> None:
+    """Raise ValueError for a part's device that this machine has not; None is fine."""
+    for name, device in devices.items():
+        if device is not None and not is_there(device):
+            raise ValueError(
+                f"pipeline: {name} must be on a device of this machine, got {device!r}"
+            )
+
+
+def repository(name: str, given: object) -> str:
+    """Return the name of the Hub's repository that is `given` in place of a folder."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
+        raise ValueError(
+            f"pipeline: {name} must be a folder, or owner/name on the Hub, got {str(given)!r}; "
+            "there is no such folder"
+        )
+    return str(given)
+
+
+def require_base(given: str | Path) -> str | Path:
+    """Return what text encoder and autoencoder are loaded from; ValueError where that cannot be."""
+    if not Path(given).is_dir():
+        return repository("base", given)
+    parts = ("tokenizer", "text_encoder", "vae")
+    if missing := [part for part in parts if not (Path(given) / part).is_dir()]:
+        raise ValueError(
+            f"pipeline: base must hold the folders {', '.join(parts)}, "
+            f"got {given} without {', '.join(missing)}"
+        )
+    return given
+
+
+def require_updates(**sources: tuple[object, object]) -> None:
+    """Raise ValueError for a low-rank update (second) of a model that is no file (first)."""
+    for name, (source, lora) in sources.items():
+        if lora is not None and not isinstance(source, str | Path):
+            raise ValueError(
+                f"pipeline: {name}_lora must come with a file or folder as {name}, "
+                f"got {type(source).__name__}"
+            )
 
 
 def require_fit(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from sdvg.arguments import Generator, foreign, pixels, require_fit, seeds, texts
+from sdvg import arguments
 from sdvg.commit import Recompute, policy
 from sdvg.engine import SDVG, Generation
-from sdvg.host import device_of, is_there
-from sdvg.models.checkpoints import load_transformer
+from sdvg.host import device_of
+from sdvg.models.checkpoints import load_transformer, read_json
 from sdvg.models.linear import Fp8Linear
 from sdvg.models.vae import StreamingVAE
 from sdvg.models.wan import CausalWan
@@ -110,17 +108,20 @@ class SDVGPipeline(DiffusionPipeline):
         commit: str | Recompute = "lazy",
     ) -> None:
         super().__init__()
+        settings = {
+            "height": height, "width": width, "frames_per_block": frames_per_block,
+            "sink_frames": sink_frames, "window_frames": window_frames,
+            "drafter_window_frames": drafter_window_frames, "past_weight": past_weight,
+            "max_sequence_length": max_sequence_length, "schedule": schedule,
+            "commit": str(policy(commit)),
+        }  # fmt: skip
+        arguments.require_settings(**settings)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler,
             drafter=drafter, transformer=transformer,
         )  # fmt: skip
         self.scorer = scorer
-        self.register_to_config(
-            scorer=_name_of(scorer), height=height, width=width, frames_per_block=frames_per_block,
-            sink_frames=sink_frames, window_frames=window_frames,
-            drafter_window_frames=drafter_window_frames, past_weight=past_weight,
-            max_sequence_length=max_sequence_length, schedule=schedule, commit=str(policy(commit)),
-        )  # fmt: skip
+        self.register_to_config(scorer=_name_of(scorer), **settings)
         # pixels of a latent: 8, Wan 2.2's 5B has 16
         self._space: int = vae.config.scale_factor_spatial
         self.video_processor = VideoProcessor(vae_scale_factor=self._space)
@@ -161,7 +162,7 @@ class SDVGPipeline(DiffusionPipeline):
             RuntimeError: a part that is offloaded.
         """
         names = ("text_encoder", "drafter", "transformer", "vae", "scorer")
-        for name, device in devices.items():
+        for name in devices:
             if name not in names:
                 raise TypeError(
                     f"pipeline: place must name parts among {', '.join(names)}, got {name!r}"
@@ -177,10 +178,7 @@ class SDVGPipeline(DiffusionPipeline):
                     f"pipeline: {name} must not be offloaded to be placed; "
                     "call remove_all_hooks() first"
                 )
-            if not is_there(device):
-                raise ValueError(
-                    f"pipeline: {name} must be placed on a device of this machine, got {device!r}"
-                )
+        arguments.require_devices(**devices)
         for name, device in devices.items():
             getattr(self, name).to(device)
         return self
@@ -202,11 +200,11 @@ class SDVGPipeline(DiffusionPipeline):
         scorer of another package and none is passed.
         """
         if not Path(folder).is_dir():
-            folder = cls.download(folder)
-        index = json.loads((Path(folder) / "model_index.json").read_text())
+            folder = cls.download(arguments.repository("folder", folder))
+        index = read_json(Path(folder) / "model_index.json", "pipeline")
         if "scorer" not in options and isinstance(index.get("scorer"), str):
             module, _, name = index["scorer"].rpartition(".")
-            if not module.startswith("sdvg."):
+            if not module.startswith("sdvg.scorers."):
                 # a folder must not choose what code is run
                 raise ValueError(
                     f"pipeline: {folder} names the scorer {index['scorer']}, which is not sdvg's; "
@@ -255,11 +253,14 @@ class SDVGPipeline(DiffusionPipeline):
         Raises:
             ValueError: a file that is missing, broken or another model's, in one sentence.
         """
-        for name in sizes:
-            # before minutes of loading, not after
-            if name not in inspect.signature(cls).parameters:
-                raise TypeError(f"pipeline: {name} must be a setting of the pipeline, got no such")
         sizes = ({} if recipe is None else settings_of(recipe)) | sizes
+        # before minutes of loading, not after
+        arguments.require_settings(**sizes)
+        arguments.require_devices(
+            device=device, drafter_device=drafter_device, scorer_device=scorer_device
+        )
+        arguments.require_updates(drafter=(drafter, drafter_lora), target=(target, target_lora))
+        base = arguments.require_base(base)
         beside = device if scorer_device is None else scorer_device
 
         def transformer(
@@ -312,7 +313,7 @@ class SDVGPipeline(DiffusionPipeline):
         width: int | None = None,
         tau: float = -0.7,
         router: Router | None = None,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: arguments.Generator | Sequence[arguments.Generator] | None = None,
         schedule: Schedule | str | None = None,
         drafter_schedule: Schedule | str | None = None,
         commit: str | Recompute | None = None,
@@ -346,13 +347,11 @@ class SDVGPipeline(DiffusionPipeline):
             ValueError, TypeError: an argument that does not fit, in one sentence.
         """
         if unknown:
-            raise foreign(*next(iter(unknown.items())), self.stream, self.config.frames_per_block)
-        prompts = texts(prompt)
+            raise arguments.foreign(unknown, self.stream, self.config.frames_per_block)
+        prompts = arguments.texts(prompt)
         height = self.config.height if height is None else height
         width = self.config.width if width is None else width
-        for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, int):
-                raise TypeError(f"pipeline: {name} must be an integer, got {size!r}")
+        arguments.require_settings(height=height, width=width)
         given = self._given(image, video, len(prompts), height, width)
         chosen = policy(self.config.commit if commit is None else commit)
         passes = {}
@@ -372,7 +371,9 @@ class SDVGPipeline(DiffusionPipeline):
             run_ahead=run_ahead, preview=preview,
         )  # fmt: skip
         self._encoded.clear()
-        self._generation = Stream(loop, prompts, num_blocks, seeds(generator), None, given)
+        self._generation = Stream(
+            loop, prompts, num_blocks, arguments.seeds(generator), None, given
+        )
         return self._generation
 
     @torch.no_grad()
@@ -469,7 +470,7 @@ class SDVGPipeline(DiffusionPipeline):
         transformer = getattr(self, part)
         if transformer is None:
             return None
-        require_fit(part, transformer, self.vae, self.text_encoder, height, width)
+        arguments.require_fit(part, transformer, self.vae, self.text_encoder, height, width)
         # an offloaded model runs elsewhere than it lies; others run where the user has put them
         device = self._execution_device if hasattr(transformer, "_hf_hook") else None
         key = (transformer, height, width, device, self._acceleration, passes)
@@ -499,7 +500,7 @@ class SDVGPipeline(DiffusionPipeline):
         if image is not None and video is not None:
             raise ValueError("pipeline: image and video must not both be given, got both")
         first = 1 + TIME * (self.config.frames_per_block - 1)
-        image, video = pixels("image", image), pixels("video", video)
+        image, video = arguments.pixels("image", image), arguments.pixels("video", video)
         if image is not None:
             shown = self.video_processor.preprocess(image, height, width)
             shown = shown[:, :, None].expand(-1, -1, first, -1, -1)
@@ -531,7 +532,7 @@ class Stream(Generation):
 
     def switch(self, prompt: str | Sequence[str], *, recache: str = "window") -> None:
         """Follow another prompt, cleaned as a call does; see `Generation.switch`."""
-        super().switch(texts(prompt), recache=recache)
+        super().switch(arguments.texts(prompt), recache=recache)
 
 
 def _no_layerwise_offload(name: str) -> NotImplementedError:

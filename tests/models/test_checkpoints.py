@@ -599,6 +599,14 @@ MALFORMED_UPDATES: dict[str, tuple[Callable[[Weights], object], str]] = {
         lambda w: w.update({FIRST.format("A"): torch.zeros(5, 128)}),
         "multiply to the weights' shapes, got [128, 3] x [5, 128] for [128, 128] (blocks.0",
     ),
+    # these two were merged without a word
+    "nothing": (lambda w: w.clear(), "hold lora_A and lora_B weights, got none"),
+    "no rank": (
+        lambda w: w.update(
+            {FIRST.format("A"): torch.zeros(0, 128), FIRST.format("B"): torch.zeros(128, 0)}
+        ),
+        "multiply to the weights' shapes, got [128, 0] x [0, 128] for [128, 128] (blocks.0",
+    ),
     "a scalar": (
         lambda w: w.update({FIRST.format("A"): torch.zeros(())}),
         "multiply to the weights' shapes, got [128, 3] x [] for [128, 128] (blocks.0",
@@ -623,6 +631,12 @@ def test_each_malformed_update_is_one_clear_sentence(
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         load_transformer(write_krea(tmp_path, model), lora=lora)
     assert one_sentence(str(error.value), tmp_path), error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
+def test_another_dtype_is_named(tmp_path: Path, model: nn.Module, dtype: object) -> None:
+    with pytest.raises(TypeError, match="dtype must be one of torch's float32, float16, bfloat16"):
+        load_transformer(write_krea(tmp_path, model), dtype=dtype)
 
 
 def test_a_missing_update_file_is_named(tmp_path: Path, model: nn.Module) -> None:

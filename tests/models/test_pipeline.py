@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_html_and_blanks_in_a_prompt_do_not_matter(pipe: SDVGPipeline) -> None:
     ("options", "text"),
     [
         ({"output_type": "gif"}, "output_type must be one of np, pt, pil, latent, got 'gif'"),
-        ({"height": 0}, "height must be a multiple of 16, got 0"),
+        ({"height": 0}, "height must be at least 1, got 0"),
         ({"height": 40}, "height must be a multiple of 16, got 40"),
         ({"height": 16, "video": torch.zeros(1, 10, 3, 16, 32)}, "9 \\+ n \\* 12"),
         ({"video": torch.zeros(3, 9, 3, 32, 32)}, "one for each of 1 prompts, got 3"),
@@ -477,7 +478,7 @@ def test_parts_are_placed_and_their_inputs_follow(
     assert moved == {"drafter": "cpu", "scorer": "cpu:0", "vae": "cpu"}
     with pytest.raises(TypeError, match=r"place must name parts among .* got 'tokenizer'"):
         pipe.place(tokenizer="cpu")
-    with pytest.raises(ValueError, match="vae must be placed on a device of this machine, got 'f"):
+    with pytest.raises(ValueError, match="vae must be on a device of this machine, got 'f"):
         pipe.place(vae="far")
     monkeypatch.setattr(pipe, "scorer", lambda frames, prompts: None)
     with pytest.raises(ValueError, match="scorer must be a torch module to be placed"):
@@ -550,11 +551,52 @@ def test_recipes_are_the_published_settings(
         assert made._models["transformer"][1].cache.k.shape[2] == 6 * 4
 
 
-def test_a_wrong_recipe_or_setting_is_named_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match="recipe must be one of self_forcing, longlive, krea"):
-        SDVGPipeline.from_checkpoints(base="nowhere", recipe="crea")
-    with pytest.raises(TypeError, match="windows must be a setting of the pipeline"):
-        SDVGPipeline.from_checkpoints(base="nowhere", windows=3)
+@pytest.mark.parametrize(
+    ("error", "options", "text"),
+    [
+        (ValueError, {"recipe": "crea"}, "recipe must be one of self_forcing, longlive, krea"),
+        (TypeError, {"windows": 3}, "windows must be a setting of the pipeline, got 3; they are"),
+        (ValueError, {"window_frames": 2}, "window_frames must be at least 3, got 2"),
+        (ValueError, {"sink_frames": -3}, "sink_frames must be at least 0, got -3"),
+        (ValueError, {"frames_per_block": 0}, "frames_per_block must be at least 1, got 0"),
+        (TypeError, {"frames_per_block": "3"}, "frames_per_block must be an integer, got '3'"),
+        (TypeError, {"height": 480.0}, "height must be an integer, got 480.0"),
+        (ValueError, {"past_weight": 0}, r"past_weight must lie in \(0, 1\], got 0"),
+        (ValueError, {"schedule": "fast"}, "preset must be one of"),
+        (ValueError, {"commit": "late"}, "commit: must be lazy, eager or"),
+        (ValueError, {"device": "cuda:99"}, "device must be on a device of this machine"),
+        (ValueError, {"drafter_device": "gpu"}, "drafter_device must be on a device of this mach"),
+        (ValueError, {"drafter_lora": "x.pt"}, "drafter_lora must come with a file or folder as"),
+        (ValueError, {}, "base must be a folder, or owner/name on the Hub, got 'nowhere'"),
+        (ValueError, {"base": embedded.WEIGHTS / "vae"}, "base must hold the folders tokenizer"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_recipe_or_setting_is_named_before_anything_is_loaded(
+    error: type[Exception], options: dict[str, object], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        SDVGPipeline.from_checkpoints(**({"base": "nowhere"} | options))
+
+
+@pytest.mark.parametrize("how", ["no folder", "empty", "broken", "scorer"])
+def test_a_folder_that_is_no_pipelines_is_named(tmp_path: Path, how: str) -> None:
+    """They were errors of the Hub's client, of pathlib, of json and of safetensors."""
+    index, scorer = tmp_path / "model_index.json", tmp_path / "scorer"
+    texts = {
+        "no folder": "folder must be a folder, or owner/name on the Hub",
+        "empty": "model_index.json must be a file of JSON, got nothing of that name",
+        "broken": "model_index.json must be JSON, got Expecting",
+        "scorer": "digits_reward: .*model.safetensors must be a whole .safetensors file",
+    }
+    if how == "broken":
+        index.write_text("{")
+    if how == "scorer":
+        shutil.copytree(embedded.WEIGHTS / "scorer", scorer)
+        (scorer / "model.safetensors").write_bytes(b"short")
+        shutil.copy(embedded.WEIGHTS / "model_index.json", index)
+    with pytest.raises(ValueError, match=texts[how]):
+        SDVGPipeline.from_pretrained(tmp_path / "missing" if how == "no folder" else tmp_path)
 
 
 def test_an_interrupted_call_leaves_the_pipeline_whole(pipe: SDVGPipeline) -> None:

@@ -55,6 +55,7 @@ _BLOCK = {
 _HEAD_DIM = 128
 # tensors of image conditioning, in either naming
 _IMAGE = ("img_emb", "image_embedder", "k_img", "add_k_proj")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # how many names an error shows
 _SHOWN = 3
 
@@ -92,6 +93,7 @@ def load_transformer(
 
     Raises:
         ImportError: diffusers is missing.
+        TypeError: another dtype.
         ValueError: a file that is missing, broken, or not such a model's, in one sentence, which
             counts the tensors that are missing, left over or of another shape, and names some.
 
@@ -104,6 +106,9 @@ def load_transformer(
             "checkpoints: the model needs diffusers: pip install 'sdvg[diffusers]'"
         ) from error
 
+    if dtype not in _DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in _DTYPES)
+        raise TypeError(f"checkpoints: dtype must be one of torch's {names}, got {dtype!r}")
     path = Path(path)
     files = _files(path)
     shapes: dict[str, list[int]] = {}
@@ -189,7 +194,7 @@ def _files(path: Path) -> list[Path]:
             path, "be a transformer's folder", "a whole pipeline's", "give its transformer/"
         )
     for index in sorted(path.glob("*.safetensors.index.json")):
-        found = _json(index).get("weight_map")
+        found = read_json(index).get("weight_map")
         if not isinstance(found, dict) or not found:
             raise _error(index, "map tensors to files", "no weight_map")
         files = [path / name for name in sorted(set(map(str, found.values())))]
@@ -203,13 +208,16 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _json(path: Path) -> dict[str, object]:
+def read_json(path: Path, op: str = "checkpoints") -> dict[str, object]:
+    """Return a file's JSON object; ValueError in one sentence, which begins with `op`, for none."""
+    if not path.is_file():
+        raise _error(path, "be a file of JSON", "nothing of that name", op=op)
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _error(path, "be JSON", error) from error
+        raise _error(path, "be JSON", error, op=op) from error
     if not isinstance(found, dict):
-        raise _error(path, "be a JSON object", type(found).__name__)
+        raise _error(path, "be a JSON object", type(found).__name__, op=op)
     return found
 
 
@@ -299,7 +307,7 @@ def _config(path: Path, shapes: dict[str, list[int]]) -> dict[str, object]:
     if found := [name for name in shapes if any(part in name for part in _IMAGE)]:
         raise _error(path, "be a text-to-video model", f"one with image projections ({found[0]})")
     config = path / "config.json"
-    told = _json(config) if config.is_file() else {}
+    told = read_json(config) if config.is_file() else {}
     head_dim = told.get("attention_head_dim", _HEAD_DIM)
     if "num_heads" in told and "dim" in told:
         head_dim = told["dim"] / (told["num_heads"] or 1)
@@ -353,6 +361,8 @@ def _read_lora(path: Path, alpha: float | None, wanted: Mapping[str, Tensor]) ->
         if match is None:
             raise _error(path, "hold lora_A and lora_B weights alone", name)
         parts.setdefault(_rename(match[1]) + ".weight", {})[match[2]] = value
+    if not parts:
+        raise _error(path, "hold lora_A and lora_B weights", "none")
     if unknown := [name for name in parts if name not in wanted]:
         raise _error(
             path, "change weights of the model", f"{len(unknown)} it lacks ({_some(unknown)})"
@@ -365,7 +375,11 @@ def _read_lora(path: Path, alpha: float | None, wanted: Mapping[str, Tensor]) ->
     for name, pair in parts.items():
         down, up = pair["A"], pair["B"]
         rank, shape = down.shape[:1].numel(), wanted[name].shape
-        if len(shape) != 2 or [*up.shape, *down.shape] != [shape[0], rank, rank, shape[1]]:
+        if (
+            not rank
+            or len(shape) != 2
+            or [*up.shape, *down.shape] != [shape[0], rank, rank, shape[1]]
+        ):
             got = f"{list(up.shape)} x {list(down.shape)} for {list(shape)} ({name})"
             raise _error(path, "multiply to the weights' shapes", got)
         updates[name] = _Update(down, up, 1.0 if alpha is None else alpha / rank)

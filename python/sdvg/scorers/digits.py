@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdvg.models.checkpoints import read_json, read_tensors, require_same
 from sdvg.models.embedded.classifier import DigitClassifier
 from sdvg.models.embedded.prompts import parse_prompt
 
@@ -71,9 +72,18 @@ class DigitsReward(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DigitsReward:
-        """Read what `save_pretrained` wrote, as float32."""
-        folder = Path(folder)
-        reward = cls(**json.loads((folder / "config.json").read_text()))
-        weights = load_file(folder / "model.safetensors")
+        """Read what `save_pretrained` wrote, as float32; ValueError where it is something else."""
+        op, folder = "digits_reward", Path(folder)
+        config, path = read_json(folder / "config.json", op), folder / "model.safetensors"
+        if set(config) != {"width", "mean", "std"} or not isinstance(config["width"], int):
+            raise ValueError(
+                f"{op}: {folder / 'config.json'} must hold width, mean and std, got {config}"
+            )
+        reward = cls(**config)
+        weights = read_tensors(path, op)
+        sizes = (
+            {n: list(w.shape) for n, w in each.items()} for each in (reward.state_dict(), weights)
+        )
+        require_same(path, "the reward", *sizes, op)
         reward.load_state_dict({name: value.float() for name, value in weights.items()})
         return reward.eval().requires_grad_(False)
