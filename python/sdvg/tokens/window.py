@@ -40,10 +40,11 @@ class TokenModel(Protocol):
         published: bool = False,
         length: int | None = None,
     ) -> Tensor:
-        """Feed `ids [B, T]` to `slots [B, T]` (-1: padding) and return logits [B, T, vocabulary].
+        """Feed `ids [B, T]` to `slots [B, T]` (-1: padding) and return logits [B, T, ids].
 
-        `steps` and `grid` say what each sees (`sdvg_kernels.diagonal_mask`): with `published`, all
-        slots up to its own. No slot from `length` on is seen.
+        Logits are of all ids, or of those up to the last that a frame's tokens may have. `steps`
+        and `grid` say what each sees (`sdvg_kernels.diagonal_mask`): with `published`, all slots up
+        to its own. No slot from `length` on is seen.
         """
         ...
 
