@@ -1,7 +1,9 @@
 # make demo · make test · make lint · make codegen · make bench · make report: the set-up is done on the first call
 # make gpu: everything that needs a GPU, with the Python and torch that are there, without a network
+# (its parts: make gpu-build · make gpu-kernels · make gpu-models · make gpu-bench)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint codegen bench report gpu clean
+.PHONY: help setup demo test lint codegen bench report clean
+.PHONY: gpu gpu-build gpu-kernels gpu-models gpu-bench
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -17,7 +19,7 @@ TEST_SECONDS ?= 270
 BLOCKS ?= 9
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 # torch comes first and alone: what is installed after it keeps the build (CPU or CUDA) that it took
 $(INSTALLED): pyproject.toml constraints.txt setup.py
@@ -68,21 +70,40 @@ bench: setup
 report: setup
 	$(PY) -m benchmarks.report
 
-# only this GPU's architecture is built, unless SDVG_CUDA_ARCHS says otherwise. The kernel tests are
-# mostly compilations: with xdist and memory for 6 workers they run side by side, the timed ones
-# alone. A failed test does not keep the benchmarks from running, it fails the target at the end
-gpu:
-	archs=$${SDVG_CUDA_ARCHS:-$$($(PYTHON) -c 'import torch; c = torch.cuda.get_device_capability(); \
+# a part that fails does not keep the next from running, it fails the target at the end. Each part is
+# a target too, and ends within ten minutes: for machines that are lent for some minutes at a time
+gpu: gpu-build
+	@failed=0; for part in gpu-kernels gpu-models gpu-bench; do \
+	  $(MAKE) --no-print-directory $$part || failed=1; \
+	done; exit $$failed
+
+# only this GPU's architecture is built, unless SDVG_CUDA_ARCHS says otherwise
+gpu-build:
+	@archs=$${SDVG_CUDA_ARCHS:-$$($(PYTHON) -c 'import torch; c = torch.cuda.get_device_capability(); \
 	  print("%d%d" % c + "a" * (c >= (9, 0)))')} && \
 	SDVG_CUDA_ARCHS=$$archs SDVG_FORCE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	@export PYTHONPATH=.:python; failed=0; \
-	workers=$$($(PYTHON) -c 'import torch, xdist; \
-	  print("-n 6" * (torch.cuda.get_device_properties(0).total_memory > 40e9))' 2>/dev/null); \
-	echo "GPU tests $$workers"; \
-	timeout -k 5 $(TEST_SECONDS) $(PYTHON) -m pytest -W default -m gpu $$workers tests/kernels || failed=1; \
-	timeout -k 5 $(TEST_SECONDS) $(PYTHON) -m pytest -W default -m gpu tests --ignore=tests/kernels || failed=1; \
-	$(PYTHON) -m benchmarks.run_all || failed=1; \
-	exit $$failed
+
+# packages that a machine without a network was given stay in sight
+GPU_ENV = PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH}
+# interrupted, pytest still says what has failed; a file that cannot be imported costs no other
+GPU_TEST = $(GPU_ENV) timeout -s INT -k 15 $(TEST_SECONDS) $(PYTHON) -m pytest -W default -m gpu \
+  --continue-on-collection-errors
+
+# mostly compilations: with xdist they run side by side, as many as cores and memory take (a test
+# has up to 10 GB)
+gpu-kernels: gpu-build
+	@workers=$$($(PYTHON) -c 'import os, torch, xdist; \
+	  memory = torch.cuda.get_device_properties(0).total_memory; \
+	  print("-n", max(1, min(os.cpu_count() - 2, memory // 13_000_000_000)))' 2>/dev/null); \
+	echo "GPU tests of the kernels $$workers"; \
+	$(GPU_TEST) $$workers tests/kernels
+
+# one by one: some of them measure
+gpu-models: gpu-build
+	@$(GPU_TEST) tests --ignore=tests/kernels
+
+gpu-bench: gpu-build
+	@$(GPU_ENV) $(PYTHON) -m benchmarks.run_all
 
 clean:
 	rm -rf build $(BUILT) sdvg_kernels/_C*.so
