@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdvg.clock import Clock
 from sdvg.commit import CachedModel, Recompute, policy
-from sdvg.host import Rows, device_of, move, read
+from sdvg.host import Rows, device_of, move, read, side_stream
 from sdvg.router import Reward
 from sdvg.schedule import Schedule, preset
 from sdvg.types import (
@@ -213,7 +213,7 @@ class Generation(Iterator[Block]):
         self._stream: torch.cuda.Stream | None = None
         self._drawn: dict[int, torch.cuda.Event] = {}
         if sdvg.run_ahead and sdvg.drafter is not None and sdvg.drafter.device.type == "cuda":
-            self._stream = torch.cuda.Stream(sdvg.drafter.device)
+            self._stream = side_stream(sdvg.drafter.device)
             self._stream.wait_stream(torch.cuda.current_stream(sdvg.drafter.device))
 
     def __next__(self) -> Block:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,20 @@ def device_of(part: object, otherwise: torch.device) -> torch.device:
         return torch.device(device)
     weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
     return next((weight.device for weight in weights), otherwise)
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream of `device` beside its current one, the same each time.
+
+    torch has 32 a device and hands them out in turns: one for each video would soon be the stream
+    of a captured graph, and share cuBLAS's workspace with its replays.
+    """
+    return _side_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 def is_there(device: torch.device | str) -> bool:

@@ -560,7 +560,22 @@ def test_parts_get_what_they_need_where_they_lie(monkeypatch: pytest.MonkeyPatch
     assert block.verdicts[0].score is not None
 
 
+def test_videos_share_one_stream_beside_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each video took one of torch's 32, until that of a captured graph came round again."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: (index, made.append(index)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    host._side_stream.cache_clear()
+    try:
+        streams = [host.side_stream(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")]
+    finally:
+        host._side_stream.cache_clear()
+    assert [index for index, _ in streams] == [0, 1, 1]
+    assert made == [0, 1]
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("options", [{}, {"commit": "eager"}, {"run_ahead": 2}], ids=str)
 def test_on_a_gpu_nothing_waits_but_the_verdict_and_the_end(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ tests with diffusers' model.
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sdvg.cache import KVCache
 from sdvg.models import graphs as room
+from sdvg.models.capture import Recorder
 from sdvg.models.graphs import Graphs
 from sdvg.models.linear import Fp8Linear
 from sdvg_kernels import (
@@ -180,6 +182,35 @@ def test_the_stand_in_is_a_model_whose_passes_depend_on_the_past(fp8: bool) -> N
     # the sink is seen by the last block
     assert not torch.equal(run(plain, changed)[-3], expected[-3])
     assert not torch.equal(run(plain, latents, seed=5)[0], expected[0])
+
+
+def test_each_gpu_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that had moved was captured on its old GPU's stream: nothing was in the graph."""
+    made, used = [], []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+            made.append(device)
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def current(stream: Stream) -> contextlib.nullcontext[None]:
+        used.append(stream.device)
+        return contextlib.nullcontext()
+
+    first, second = (torch.device("cuda", index) for index in range(2))
+    caller = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: caller)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    recorder = Recorder()
+    for device in (first, first, second):
+        assert recorder.warm_up(lambda: "done", device) == "done"
+    assert used == [first, first, second]
+    assert made == [first, second]
 
 
 @pytest.mark.gpu

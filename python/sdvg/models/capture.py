@@ -28,8 +28,10 @@ class Recorder:
         """Run until nothing is made for the first time; return what the last run returned."""
         # another GPU may be the current one
         with torch.cuda.device(device):
-            before = torch.cuda.current_stream()
-            self._stream = stream = self._stream or torch.cuda.Stream()
+            before, stream = torch.cuda.current_stream(), self._stream
+            if stream is None or stream.device != device:
+                # what it runs may have moved to another GPU
+                self._stream = stream = torch.cuda.Stream(device)
             stream.wait_stream(before)
             try:
                 with torch.cuda.stream(stream):

@@ -143,6 +143,9 @@ class CausalWan:
 
         The next `start` makes them anew.
         """
+        if self.cache is not None and self.cache.k.is_cuda:
+            # drafts ahead of a video that was left may still be at work in it, on another stream
+            torch.cuda.synchronize(self.cache.k.device)
         self.cache = self.running = None
         self._embedded.clear()
         if self.graphs is not None:
