@@ -171,9 +171,11 @@ def test_a_benchmark_that_hangs_is_ended() -> None:
     assert run_all.run("harness", [], 0.01) == 124
 
 
-def test_all_budgets_together_leave_time_for_the_gpu_tests() -> None:
-    assert {"bench_attention", "bench_cache", "bench_loop"} <= set(run_all.budgets())
-    assert sum(run_all.budgets().values()) <= 4 * 60
+def test_all_budgets_together_end_within_ten_minutes() -> None:
+    budgets = run_all.budgets()
+    assert set(run_all.BUDGETS) <= set(budgets)
+    # a process takes 10 s to start, and a last case some beyond the budget
+    assert sum(budgets.values()) + 20 * len(budgets) <= 10 * 60
 
 
 def test_without_git_the_version_follows_the_sources(
