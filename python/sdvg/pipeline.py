@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,13 +204,14 @@ class SDVGPipeline(DiffusionPipeline):
         index = read_json(Path(folder) / "model_index.json", "pipeline")
         if "scorer" not in options and isinstance(index.get("scorer"), str):
             module, _, name = index["scorer"].rpartition(".")
-            if not module.startswith("sdvg.scorers."):
-                # a folder must not choose what code is run
+            # a folder must not choose what code is run
+            ours = module.startswith("sdvg.scorers.") and importlib.util.find_spec(module)
+            scorer = getattr(importlib.import_module(module), name, None) if ours else None
+            if not hasattr(scorer, "from_pretrained"):
                 raise ValueError(
                     f"pipeline: {folder} names the scorer {index['scorer']}, which is not sdvg's; "
                     "load it yourself and pass it: from_pretrained(folder, scorer=...)"
                 )
-            scorer = getattr(importlib.import_module(module), name)
             options["scorer"] = scorer.from_pretrained(Path(folder) / "scorer")
         return super().from_pretrained(folder, **options)
 

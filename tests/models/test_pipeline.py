@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 import shutil
@@ -60,8 +61,11 @@ def test_what_is_saved_loads_whole(pipe: SDVGPipeline, tmp_path: Path) -> None:
     assert (frames(again) - frames(pipe)).abs().max() < 1e-4
 
 
-def test_a_folder_does_not_choose_what_code_is_run(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"scorer": "os.path.join"}')
+@pytest.mark.parametrize(
+    "name", ["os.path.join", "sdvg.cli.main", "sdvg.scorers.none.X", "sdvg.scorers.digits.None"]
+)
+def test_a_folder_does_not_choose_what_code_is_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"scorer": name}))
     with pytest.raises(ValueError, match="which is not sdvg's; load it yourself"):
         SDVGPipeline.from_pretrained(tmp_path)
 

@@ -142,9 +142,17 @@ def test_other_weights_are_refused_in_one_sentence(change: object, text: str) ->
         TinyDecoder(weights)
 
 
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ValueError, match="weights must be a file, got nowhere"):
+def test_a_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    """A broken one was an error of torch's or safetensors'."""
+    with pytest.raises(ValueError, match=r"nowhere.pth must be a file of weights, got nothing"):
         TinyDecoder.from_file("nowhere.pth")
+    torch.save(taehv(), path := tmp_path / "tae.pth")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"tiny_decoder: .*tae.pth must be a whole file of torch"):
+        TinyDecoder.from_file(path)
+    (path := tmp_path / "tae.safetensors").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"tae.safetensors must be a whole .safetensors file"):
+        TinyDecoder.from_file(path)
 
 
 @pytest.fixture(scope="module")

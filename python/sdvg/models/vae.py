@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvg.models.checkpoints import read_tensors
 from sdvg.models.vae_fused import DecoderGraphs, Feature, FusedDecoder
 
 if TYPE_CHECKING:
@@ -268,15 +269,11 @@ class TinyDecoder(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path) -> TinyDecoder:
-        """Read a `.safetensors` file, or a `.pth` with nothing but tensors in it."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"tiny_decoder: weights must be a file, got {path}, which is missing")
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        """Read a `.safetensors` file, or a `.pth` with nothing but tensors in it.
 
-            return cls(load_file(path))
-        return cls(torch.load(path, map_location="cpu", weights_only=True))
+        Raises ValueError for a file that is missing, broken or another model's, in one sentence.
+        """
+        return cls(read_tensors(Path(path), "tiny_decoder"))
 
     def start(self, batch: int) -> DecoderState:
         """Return the state before the first block; it serves any batch."""
