@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from sdvg_kernels import TokenGrid, diagonal_attention, diagonal_mask
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class TokenCache(NamedTuple):
     """K and V of all layers `[layers, B, slots + 1, kv_heads, head_dim]`; padding is written last.
 
     Nothing ever reads the last slot. `cos` and `sin` `[slots, 1, head_dim]` are the slots' angles.
+    `leftpad` [B] int32: slots at a sequence's start that nobody sees; None: all are seen.
     """
 
     k: Tensor
     v: Tensor
     cos: Tensor
     sin: Tensor
+    leftpad: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -115,9 +119,12 @@ class TokenLlama(nn.Module):
 
     Attributes:
         masked: attend by PyTorch's own op under a mask; None: on a CPU.
+        padding: id of nothing, at the start of a prompt that is shorter than others; None: all
+            prompts of a batch are of one length.
     """
 
     masked: bool | None = None
+    padding: int | None = None
 
     def __init__(self, sizes: LlamaSizes) -> None:
         super().__init__()
@@ -139,24 +146,36 @@ class TokenLlama(nn.Module):
 
     def new_cache(self, batch: int, slots: int) -> TokenCache:
         """Return an empty cache for `batch` sequences; ValueError where positions end before."""
-        sizes, dtype = self.sizes, self.norm.dtype
-        if sizes.grid is not None and slots > (
-            most := sizes.grid[0] * sizes.grid[1] * sizes.grid[2]
-        ):
-            raise ValueError(
-                f"tokens: slots must be at most {most}, the positions of a grid of "
-                f"{list(sizes.grid)}, got {slots}; decode fewer frames, or set a shorter context"
-            )
-        table = (part.to(self.device, dtype) for part in angles(sizes, slots))
+        sizes, dtype, device = self.sizes, self.norm.dtype, self.device
+        table = (part.to(device, dtype) for part in self.angles(slots))
         shape = (sizes.layers, batch, slots + 1, sizes.kv_heads, sizes.head_dim)
         # zeros: what is masked must not be NaN times 0
-        tensors = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
-        return TokenCache(*tensors, *table)
+        tensors = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        leftpad = None
+        if self.padding is not None:
+            leftpad = torch.zeros(batch, dtype=torch.int32, device=device)
+        return TokenCache(*tensors, *table, leftpad)
+
+    def angles(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines `[slots, 1, head_dim]` of the slots; ValueError beyond them."""
+        grid = self.sizes.grid
+        if grid is not None and slots > (most := grid[0] * grid[1] * grid[2]):
+            raise ValueError(
+                f"tokens: slots must be at most {most}, the positions of a grid of "
+                f"{list(grid)}, got {slots}; decode fewer frames, or set a shorter context"
+            )
+        return angles(self.sizes, slots)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: TokenCache) -> None:
         """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it."""
-        length = ids.shape[1]
+        length, sees = ids.shape[1], None
+        if cache.leftpad is not None:
+            cache.leftpad.copy_((ids == self.padding).sum(1))
+            place = torch.arange(length, device=ids.device)
+            sees = (place <= place[:, None]) & (place >= cache.leftpad[:, None, None])
+            # what nobody sees sees itself: no row of weights is empty
+            sees = (sees | torch.eye(length, dtype=torch.bool, device=ids.device))[:, None]
         if not length:
             return
         cos, sin = cache.cos[:length], cache.sin[:length]
@@ -166,7 +185,8 @@ class TokenLlama(nn.Module):
             cache.k[i, :, :length], cache.v[i, :, :length] = key, value
             out = F.scaled_dot_product_attention(
                 *(part.transpose(1, 2) for part in (query, key, value)),
-                is_causal=True,
+                attn_mask=sees,
+                is_causal=sees is None,
                 enable_gqa=True,
             )
             x = layer.feed(x, out.transpose(1, 2))
@@ -202,10 +222,11 @@ class TokenLlama(nn.Module):
         cos, sin = (part[slots.clamp(min=0)] for part in (cache.cos, cache.sin))
         seen = cache.slots if length is None else length
         masked = ids.device.type == "cpu" if self.masked is None else self.masked
-        mask = None
-        if masked:
-            mask = _published(slots, seen) if published else diagonal_mask(slots, steps, grid, seen)
-            mask = mask[:, None]
+        mask, leftpad = None, cache.leftpad
+        if masked and published:
+            mask = _published(slots, seen, leftpad)[:, None]
+        elif masked:
+            mask = diagonal_mask(slots, steps, grid, seen, cache_leftpad=leftpad)[:, None]
         x = self.embedding(ids)
         for i, layer in enumerate(self.layers):
             query, key, value = layer.project(x, (cos, sin))
@@ -217,7 +238,9 @@ class TokenLlama(nn.Module):
                 out = _masked(query, k_cache, v_cache, mask)
             else:
                 mode = "published" if published else "exact"
-                out = diagonal_attention(query, k_cache, v_cache, slots, steps, grid, mode=mode)
+                out = diagonal_attention(
+                    query, k_cache, v_cache, slots, steps, grid, mode=mode, cache_leftpad=leftpad
+                )
             x = layer.feed(x, out)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.sizes.eps))
 
@@ -230,7 +253,7 @@ def angles(sizes: LlamaSizes, slots: int) -> tuple[Tensor, Tensor]:
     """
     position = torch.arange(slots, dtype=torch.float32)
     if sizes.grid is None:
-        turned = position[:, None] * _frequencies(sizes.head_dim, sizes.theta)
+        turned = position[:, None] * frequencies(sizes.head_dim, sizes.theta)
     else:
         _, height, width = sizes.grid
         spatial = sizes.head_dim // 6 * 2
@@ -240,13 +263,14 @@ def angles(sizes: LlamaSizes, slots: int) -> tuple[Tensor, Tensor]:
             (position % width, spatial),
         )
         turned = torch.cat(
-            [place[:, None] * _frequencies(dim, sizes.theta) for place, dim in axes], 1
+            [place[:, None] * frequencies(dim, sizes.theta) for place, dim in axes], 1
         )
     both = torch.cat((turned, turned), 1)[:, None]
     return both.cos(), both.sin()
 
 
-def _frequencies(dim: int, theta: float) -> Tensor:
+def frequencies(dim: int, theta: float) -> Tensor:
+    """Return what the pairs of `dim` dims turn by for one position: [dim / 2] float32."""
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
@@ -255,9 +279,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def _published(slots: Tensor, size: int) -> Tensor:
+def _published(slots: Tensor, size: int, leftpad: Tensor | None) -> Tensor:
     """Return which slots are seen where the order of decoding is left out: [B, T, size]."""
-    return torch.arange(size, device=slots.device) <= slots[..., None]
+    every = torch.arange(size, device=slots.device)
+    sees = every <= slots[..., None]
+    return sees if leftpad is None else sees & (every >= leftpad[:, None, None])
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -301,6 +327,17 @@ def load_checkpoint(state: Mapping[str, Tensor], sizes: LlamaSizes) -> TokenLlam
     Raises ValueError for names that are missing, left over or of another shape: cross-attention,
     which Cosmos' Video2World models have, is among what is not built.
     """
+    names = read_names(state, sizes.layers)
+    sizes = replace(sizes, qk_norm="layers.0.q_norm" in names)
+    if "head.weight" not in names and "embedding.weight" in names:
+        names["head.weight"] = names["embedding.weight"]
+    with torch.device("meta"):
+        model = TokenLlama(sizes)
+    return fit(model, names)
+
+
+def read_names(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by our names, those joined that we have joined."""
     names = {_name(name): tensor for name, tensor in state.items()}
     # angles are made anew; MineWorld ships its tokenizer beside
     names = {
@@ -309,17 +346,17 @@ def load_checkpoint(state: Mapping[str, Tensor], sizes: LlamaSizes) -> TokenLlam
         if not name.endswith(("inv_freq", "cos_cached", "sin_cached", "rope.freqs", "_extra_state"))
         and not name.startswith("tokenizer.")
     }
-    sizes = replace(sizes, qk_norm="layers.0.q_norm" in names)
-    for i in range(sizes.layers):
+    for i in range(layers):
         for whole, parts in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
             parts = [f"layers.{i}.{part}.weight" for part in parts]
             if all(part in names for part in parts):
                 made = torch.cat([names.pop(part) for part in parts])
                 names[f"layers.{i}.{whole}.weight"] = made
-    if "head.weight" not in names and "embedding.weight" in names:
-        names["head.weight"] = names["embedding.weight"]
-    with torch.device("meta"):
-        model = TokenLlama(sizes)
+    return names
+
+
+def fit(model: _Model, names: Mapping[str, Tensor]) -> _Model:
+    """Return `model` with the tensors of these names, to infer; ValueError unless all fit."""
     wanted = model.state_dict()
     for what, found in (
         ("have", sorted(wanted.keys() - names.keys())),
@@ -355,6 +392,7 @@ _NAMES = {
     "post_attention_layernorm.weight": "ffn_norm",
     "tok_embeddings.weight": "embedding.weight",
     "output.weight": "head.weight",
+    "attention.wqkv": "qkv",
     "attention.wq": "q",
     "attention.wk": "k",
     "attention.wv": "v",
