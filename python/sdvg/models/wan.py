@@ -190,9 +190,7 @@ class CausalWan:
             self.cache, self._sizes = KVCache(**sizes), sizes
         self.cache.seek(0)
         text = self._encode(prompts).to(self.device, self.dtype)
-        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
-            # accelerate's offloading brings the weights for a forward, and only for that
-            hook.pre_forward(self.transformer)
+        self._bring()
         # weights may have changed since the last prompt
         self._embedded.clear()
         embedded = self.transformer.condition_embedder.text_embedder(text)
@@ -230,6 +228,11 @@ class CausalWan:
                 "wan: the transformer runs for another CausalWan that was made around it later; "
                 "make this one anew, or load the transformer twice"
             )
+
+    def _bring(self) -> None:
+        """Have the weights here: accelerate's offloading brings them for a forward only."""
+        if (hook := getattr(self.transformer, "_hf_hook", None)) is not None:
+            hook.pre_forward(self.transformer)
 
     def _commit(self, start_frame: int, frames: int, rows: Tensor | None) -> None:
         self.cache.seek(start_frame * self.frame_tokens, rows)
@@ -309,6 +312,7 @@ class CausalWan:
         level = timestep / 1000 if sigma is None else sigma
         key = (timestep, level, batch)
         if key not in self._embedded:
+            self._bring()
             embedder, device = self.transformer.condition_embedder, self.device
             steps = torch.full((batch,), timestep, device=device)
             shape = (batch, 0, self.transformer.config.text_dim)
