@@ -392,6 +392,13 @@ def test_a_capture_that_fails_is_not_tried_again_and_says_why(
     )
 
 
+def test_accelerating_without_graphs_lets_go_of_them() -> None:
+    """They stayed, where a decoder's and a pipeline's went."""
+    model = tiny_wan(seed=3, layers=1).accelerate(graphs=True)
+    assert model.graphs is not None
+    assert model.accelerate().graphs is None
+
+
 def test_a_cache_is_let_go_of_when_nothing_works_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts ahead of a video that was left wrote into memory that was somebody else's by then."""
     model, waited = tiny_wan(seed=3, layers=1), []

@@ -134,8 +134,7 @@ class CausalWan:
         fuse(self)
         if fp8:
             quantise(self.transformer)
-        if graphs:
-            self.graphs = Graphs(self)
+        self.graphs = Graphs(self) if graphs else None
         return self
 
     def release(self) -> None:
