@@ -12,7 +12,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="the models are its classes")
 
 from sdvg.adapters.transformers import TransformersTokens, token_model  # noqa: E402
-from sdvg.tokens import DiagonalDecoder, Layout, Sampling  # noqa: E402
+from sdvg.tokens import DiagonalDecoder, JacobiDecoder, Layout, Sampling  # noqa: E402
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -253,6 +253,20 @@ def test_our_attention_gives_what_the_models_own_gives_under_a_mask(
     assert torch.equal(*found)
 
 
+def test_speculative_decoding_takes_them_too() -> None:
+    tokens = token_model(janus())
+    prompts, layout = tokens.prompts(IDS, SEEN), tokens.layout()
+    how = {"sampling": Sampling(temperature=0, guidance=3.0)}
+    uncond = tokens.uncond(prompts)
+    running = JacobiDecoder(tokens, layout, window=6, **how).generate(
+        prompts, frames=1, uncond=uncond
+    )
+    list(running)
+    expected = run(tokens, layout, prompts, k=4, uncond=uncond, **how)
+    assert torch.equal(running.codes[:, 0], expected)
+    assert running.passes < 16
+
+
 def test_a_padded_prompt_is_decoded_as_alone() -> None:
     tokens = token_model(emu3())
     layout = tokens.layout(3, 4)
@@ -324,11 +338,15 @@ def _flash(model: transformers.PreTrainedModel) -> None:
         (
             lambda m: token_model(transformers.Emu3ForConditionalGeneration(
                 transformers.Emu3Config(
-                    text_config=TEXT, vocabulary_map={"<image>": 1},
+                    text_config=TEXT, vocabulary_map={"<image>": 1, "<|extra_200|>": 2},
                     vq_config=m.config.vq_config.to_dict(),
                 )
             ).eval()),
             "model must have an image vocabulary with a token for each code from 0, got 0 in conf",
+        ),
+        (
+            lambda m: (setattr(m.vocabulary_mapping, "eol_token_id", None), token_model(m)),
+            r"config.vocabulary_map must name '<\|extra_200\|>', the end of a row, got no such",
         ),
         (lambda m: token_model(m.train()), "model must not be training, got dropout; call model."),
         (lambda m: token_model(m, eol=64), "eol must lie in the vocabulary of 64, got 64"),

@@ -154,6 +154,11 @@ class Emu3Tokens(_SharedTokens):
     ) -> None:
         mapping = model.vocabulary_mapping
         eol = mapping.eol_token_id if eol is None else eol
+        if eol is None:
+            raise ValueError(
+                "token_model: config.vocabulary_map must name '<|extra_200|>', the end of a row, "
+                "got no such name; pass eol="
+            )
         super().__init__(model, model.model.text_model, mapping.img2bpe, eol=eol, masked=masked)
 
     def decode(self, codes: Tensor) -> Tensor:
