@@ -366,6 +366,10 @@ def _flash(model: transformers.PreTrainedModel) -> None:
             r"attention_mask must be \[2, 6\], got \[1, 6\]",
         ),
         (
+            lambda m: token_model(m).prompts(IDS, pixel_values=torch.zeros(1)),
+            "pixel_values must be None, got images; put their ids into input_ids",
+        ),
+        (
             lambda m: token_model(m).prompts(IDS, length=5),
             "length must be at least 6, the longest prompt's, got 5",
         ),

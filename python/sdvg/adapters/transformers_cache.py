@@ -132,6 +132,7 @@ class TransformersTokens:
         attention_mask: Tensor | None = None,
         *,
         length: int | None = None,
+        pixel_values: Tensor | None = None,
         **_: object,
     ) -> Tensor:
         """Return the loop's ids [B, length] of prompts as a tokenizer or processor gives them.
@@ -141,7 +142,8 @@ class TransformersTokens:
             attention_mask: [B, P], 0 for padding, which must be at the left.
             length: padded to it at the left, so that prompts and negative prompts of different
                 lengths go together; None: P.
-            _: what else a processor returns.
+            pixel_values: must be None: an image in a prompt goes in as its tokens' ids.
+            _: what else a processor returns, such as sizes.
 
         Raises ValueError, in one sentence.
         """
@@ -154,6 +156,11 @@ class TransformersTokens:
                 raise ValueError(
                     f"{rule} lie in the vocabulary of {self._own}, got ids from {low} to {high}"
                 )
+        if pixel_values is not None:
+            raise ValueError(
+                "token_model: pixel_values must be None, got images; put their ids into input_ids "
+                "(model.model.get_image_tokens)"
+            )
         ids = input_ids + self.codes
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:

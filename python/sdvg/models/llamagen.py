@@ -58,6 +58,8 @@ class LlamaGen(TokenLlama):
         prompts = model.classes(torch.tensor([207, 980]))       # or model.captions(features, mask)
         decoder.generate(prompts, frames=1, uncond=model.uncond(prompts))
 
+    Pixels come from the release's own `VQModel.decode_code`.
+
     Args:
         sizes: the configuration; its vocabulary is the codes alone.
         side: rows and columns of the image's tokens.
