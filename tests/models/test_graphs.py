@@ -7,6 +7,7 @@ tests with diffusers' model.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sdvg.cache import KVCache
 from sdvg.models import graphs as room
-from sdvg.models.capture import Recorder
+from sdvg.models.capture import Recorder, first_cause
 from sdvg.models.graphs import Graphs
 from sdvg.models.linear import Fp8Linear
 from sdvg_kernels import (
@@ -213,6 +214,40 @@ def test_each_gpu_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
     assert made == [first, second]
 
 
+def test_after_a_broken_capture_one_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refused to draw random numbers on the GPU for the rest of the process."""
+    ended, streams, caller = [], [], SimpleNamespace(device_index=0)
+
+    @contextlib.contextmanager
+    def capturing(graph: object, **options: object) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as cause:
+            ended.append("broken")
+            raise RuntimeError("operation failed due to a previous error") from cause
+        ended.append("well")
+
+    def forward() -> None:
+        raise ValueError("not permitted")
+
+    for name, made in (
+        ("device", lambda device: contextlib.nullcontext()),
+        ("current_stream", lambda: caller),
+        ("CUDAGraph", object),
+        ("graph_pool_handle", lambda: (0, 1)),
+        ("graph", capturing),
+        ("set_stream", streams.append),
+    ):
+        monkeypatch.setattr(torch.cuda, name, made)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+    with pytest.raises(RuntimeError, match="due to a previous error") as caught:
+        Recorder().record(forward, torch.device("cpu"))
+    assert ended == ["broken", "well"]
+    assert streams[-1] is caller
+    assert first_cause(caught.value) == "ValueError: not permitted"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_replays_equal_launches_bit_for_bit(fp8: bool) -> None:
@@ -247,6 +282,8 @@ def test_a_capture_that_fails_leaves_a_gpu_that_works(caplog: pytest.LogCaptureF
         for mine, theirs in zip(run(model, latents), expected, strict=True):
             assert torch.equal(mine, theirs)
         assert torch.cuda.current_stream() == stream
+        # torch's generator is not captured any more
+        assert torch.rand(2, device="cuda").isfinite().all()
     (said,) = [record.message for record in caplog.records if record.name == "sdvg"]
     assert said.startswith("accelerate: passes are launched one by one: a capture failed: ")
     assert not sound.graphs._failure

@@ -46,8 +46,8 @@ class Recorder:
     ) -> tuple[_Result, Callable[[], None]]:
         """Capture `forward`; return what it returned, and what runs it again, writing there.
 
-        Raises RuntimeError where `forward` cannot be captured; stream and allocator are then as
-        they were, and the pool is to be dropped.
+        Raises RuntimeError where `forward` cannot be captured; stream, allocator and random numbers
+        are then as they were, and the pool is to be dropped.
         """
         with torch.cuda.device(device):
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -64,8 +64,21 @@ class Recorder:
                 with contextlib.suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
                     torch._C._cuda_releasePool(before.device_index, self._pool)
+                self._end_well(device)
+                torch.cuda.set_stream(before)
                 raise
         return out, graph.replay
+
+    def _end_well(self, device: torch.device) -> None:
+        """Capture next to nothing: torch draws no random number until a capture has ended well."""
+        # torch warns of a graph with nothing in it
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"
+            ),
+        ):
+            torch.ones(1, device=device)
 
 
 def first_cause(error: BaseException) -> str:
