@@ -208,14 +208,25 @@ def _tiny(pipe: SDVGPipeline, **sizes: int) -> torch.nn.Module:
 
 
 def test_wan_22s_autoencoder_makes_videos_of_the_size_asked_for(pipe: SDVGPipeline) -> None:
-    """Its latents stand for 16 pixels: videos were twice as large, and no image fitted."""
+    """Its latents stand for 16 pixels: videos were twice as large, and no image fitted.
+
+    This one's latents have a mean and a deviation too, which a given image's lose.
+    """
     made = SDVGPipeline(
         pipe.tokenizer, pipe.text_encoder, stock("wan 2.2"), pipe.scheduler, None, _tiny(pipe),
         height=32, width=64, max_sequence_length=24,
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)
     assert frames(made, num_blocks=1).shape == (1, 9, 3, 32, 64)
-    assert frames(made, num_blocks=1, image=torch.zeros(3, 32, 64)).shape == (1, 9, 3, 32, 64)
+    still = torch.rand(3, 32, 64, generator=torch.Generator().manual_seed(0))
+    latents = frames(made, num_blocks=1, image=still, output_type="latent")
+    given = made.vae.encode(2 * still[None, :, None].expand(-1, -1, 9, -1, -1) - 1)
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (made.vae.config.latents_mean, made.vae.config.latents_std)
+    )
+    expected = given.latent_dist.mode().transpose(1, 2)
+    assert (latents * std + mean - expected).abs().max() < 1e-4
     with pytest.raises(ValueError, match="height must be a multiple of 32, got 48"):
         frames(made, height=48)
 

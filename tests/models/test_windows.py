@@ -6,6 +6,8 @@ local attention of 12; one of 21 without a sink is Self-Forcing's.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ def mask_of(model: CausalWan, frames: int) -> Tensor:
 
 
 class Masked(WanAttnProcessor):
-    """Stock attention; self-attention under a mask."""
+    """Stock attention; self-attention under a mask, bool or additive."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -112,6 +114,30 @@ def test_a_block_after_clean_passes_of_several_equals_one_masked_pass(
     model.write(clean[:, :24], start_frame=0)
     got = model.denoise(clean[:, 24:], STEP, start_frame=24)
     assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["eager", "accelerated"])
+def test_past_keys_weigh_less_but_for_the_first_frame_as_under_an_additive_mask(
+    accelerated: bool,
+) -> None:
+    """Krea's 0.3: the first frame and the block itself keep their weight."""
+    model, stock = both(accelerated, sink_frames=0, window_frames=21, past_weight=0.3)
+    clean = torch.randn(2, 9, *model.block_shape[1:])
+    frame = torch.arange(9).repeat_interleave(model.frame_tokens)
+    past = (frame // FRAMES < frame[:, None] // FRAMES) & (frame >= 1)
+    mask = torch.zeros(past.shape).masked_fill(past, math.log(0.3))
+    mask = mask.masked_fill(~mask_of(model, 9), -torch.inf)
+    stock.set_attn_processor(Masked(mask))
+    (velocity,) = stock(
+        clean.transpose(1, 2), torch.full((2,), STEP), encode(PROMPTS), return_dict=False
+    )
+    expected = clean - STEP / 1000 * velocity.transpose(1, 2)
+    model.start(PROMPTS)
+    for start in range(0, 9, FRAMES):
+        part = slice(start, start + FRAMES)
+        got = model.denoise(clean[:, part], STEP, start_frame=start)
+        assert (got - expected[:, part]).abs().max() < 1e-5
+        model.keep(start_frame=start)
 
 
 class Plain(WanAttnProcessor):
