@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.machine import ROOT, clocks, commit, slug, versions
+from sdvg.models.capture import Recorder
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -192,10 +193,9 @@ def capture(
             run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph.replay, out
+    # a peer that cannot be captured must not break what comes after it
+    out, replay = Recorder().record(run, torch.device("cuda", torch.cuda.current_device()))
+    return replay, out
 
 
 def _synchronize() -> None:
