@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
 from benchmarks.peers import eager_quantised
+from sdvg.models.linear import Fp8Linear
 from sdvg_kernels import implementations, quantize_rows
 from sdvg_kernels.testing import assert_within_budget
 
@@ -124,24 +125,19 @@ def _linear(bench: Bench, size: Size) -> Case:
     if bench.device.type == "cuda" and torch.cuda.get_device_capability(bench.device) < (8, 9):
         raise Unavailable("e4m3 products need compute capability 8.9")
     x, activation = _input(bench, size), "gelu_tanh" if size.gelu else None
-    shape = (size.outputs, size.inputs)
-    weight = torch.randn(shape, dtype=torch.bfloat16, device=bench.device) * size.inputs**-0.5
-    bias = torch.randn(size.outputs, dtype=torch.bfloat16, device=bench.device)
-    values, scales = quantize_rows(weight)
-    scales = scales.view(1, -1)
+    plain = torch.nn.Linear(
+        size.inputs, size.outputs, dtype=torch.bfloat16, device=bench.device
+    ).requires_grad_(False)
+    plain.weight.normal_(std=size.inputs**-0.5)
+    plain.bias.normal_()
+    eight = Fp8Linear(plain)
+    eight.activation = activation
 
     def stock() -> torch.Tensor:
-        return F.linear(F.gelu(x, approximate="tanh") if size.gelu else x, weight, bias)
-
-    def eight() -> torch.Tensor:
-        rows, scale = quantize_rows(x, activation=activation)
-        return torch._scaled_mm(
-            rows, values.T, scale_a=scale, scale_b=scales, bias=bias, out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )  # fmt: skip
+        return plain(F.gelu(x, approximate="tanh") if size.gelu else x)
 
     given = F.gelu(x.double(), approximate="tanh") if size.gelu else x.double()
-    exact = given @ weight.double().T + bias.double()
+    exact = given @ plain.weight.double().T + plain.bias.double()
 
     def check(out: object) -> None:
         noise = ((out - exact).square().sum() / exact.square().sum()).log10().item() * -10
@@ -152,7 +148,7 @@ def _linear(bench: Bench, size: Size) -> Case:
         shape=str(size),
         dtype="float8_e4m3fn",
         candidates=[
-            Candidate("quantize_rows, _scaled_mm", eight, check),
+            Candidate("quantize_rows, _scaled_mm", partial(eight, x), check),
             Candidate("bfloat16", stock, check, peer=True),
         ],
         flops=2.0 * size.rows * size.inputs * size.outputs,
