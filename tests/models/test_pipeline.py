@@ -364,6 +364,18 @@ def test_a_wrong_type_is_named_in_one_sentence(
         pipe(**({"prompt": PROMPT} | options))
 
 
+def test_a_compiled_transformer_runs_and_a_wrapped_one_is_refused(pipe: SDVGPipeline) -> None:
+    """The wrapper failed deep inside of the compiler."""
+    fresh = SDVGPipeline.from_pretrained(embedded.WEIGHTS, dtype=torch.float32, drafter=None)
+    fresh.set_progress_bar_config(disable=True)
+    fresh.transformer.compile(backend="eager")
+    made = frames(fresh, num_blocks=1)
+    assert (made - frames(pipe, num_blocks=1)).abs().max() < 1e-4
+    fresh.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match=r"must be the module itself.*transformer\.compile\(\)"):
+        frames(fresh)
+
+
 def test_a_stream_whose_transformers_were_taken_over_is_refused(pipe: SDVGPipeline) -> None:
     """It went on in the other one's cache, and spoilt both videos."""
     other = SDVGPipeline(

@@ -74,6 +74,12 @@ class CausalWan:
         past_weight: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
+        if hasattr(transformer, "_orig_mod"):
+            # the wrapper would trace what is put on the module inside
+            raise ValueError(
+                "wan: transformer must be the module itself, got torch.compile's wrapper around "
+                "it; call transformer.compile(), which compiles it in place"
+            )
         config = transformer.config
         patch_frames, patch_height, patch_width = config.patch_size
         if patch_frames != 1 or height % patch_height or width % patch_width:
