@@ -132,7 +132,7 @@ def _turn_into(variant: str, parts: Parts) -> None:
         elif variant == "eager":
             model._install()
         else:
-            # graphs and e4m3 stay once they are there: the order of the variants follows that
+            # e4m3 stays once it is there: the order of the variants follows that
             model.accelerate(
                 graphs=variant in ("graphs", "fp8"), fp8=variant == "fp8" and model is parts.target
             )
