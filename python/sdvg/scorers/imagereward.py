@@ -303,7 +303,8 @@ def from_package(
     """The `image-reward` package's own model as a `Scorer`, where that package imports.
 
     It is given tensors, a batch at once; `name` and where it looks for weights are the package's
-    business (it downloads). Raises ImportError with its reason where it does not import.
+    business (it downloads). Raises ImportError with its reason where it does not import: the extra
+    `sdvg[image-reward]` brings what it needs, in an environment without `sdvg[diffusers]`.
     """
     try:
         import ImageReward as package
