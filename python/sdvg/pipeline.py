@@ -28,7 +28,7 @@ from sdvg.engine import SDVG, Generation
 from sdvg.host import device_of
 from sdvg.models.checkpoints import load_transformer, read_json
 from sdvg.models.linear import Fp8Linear
-from sdvg.models.vae import StreamingVAE
+from sdvg.models.vae import StreamingVAE, encode
 from sdvg.models.wan import CausalWan
 from sdvg.recipes import recipe as settings_of
 from sdvg.router import Reward
@@ -126,7 +126,7 @@ class SDVGPipeline(DiffusionPipeline):
         self._space: int = vae.config.scale_factor_spatial
         self.video_processor = VideoProcessor(vae_scale_factor=self._space)
         self._generation: Generation | None = None
-        self._acceleration: dict[str, bool] | None = None
+        self._acceleration: dict[str, dict[str, bool]] | None = None
         self._decoder: StreamingVAE | None = None
         # around each transformer, as long as its sizes stay
         self._models: dict[str, tuple[tuple[object, ...], CausalWan]] = {}
@@ -135,7 +135,8 @@ class SDVGPipeline(DiffusionPipeline):
 
     def accelerate(self, *, graphs: bool = False, fp8: bool = False) -> SDVGPipeline:
         """Run the models on the fused ops from the next video on; see `sdvg.accelerate`."""
-        self._acceleration = {"graphs": graphs, "fp8": fp8}
+        plain = {"graphs": graphs}
+        self._acceleration = {"drafter": plain, "transformer": plain | {"fp8": fp8}, "vae": plain}
         return self
 
     def to(self, *args: object, **kwargs: object) -> SDVGPipeline:
@@ -455,7 +456,7 @@ class SDVGPipeline(DiffusionPipeline):
         if self._decoder is None or self._decoder.vae is not self.vae:
             self._decoder = StreamingVAE(self.vae)
         if self._acceleration is not None:
-            self._decoder.accelerate(graphs=self._acceleration["graphs"])
+            self._decoder.accelerate(**self._acceleration["vae"])
         return self._decoder
 
     def _causal(
@@ -489,7 +490,7 @@ class SDVGPipeline(DiffusionPipeline):
                 past_weight=past_weight, device=device, **passes,
             )  # fmt: skip
             if self._acceleration is not None:
-                model.accelerate(**self._acceleration)
+                model.accelerate(**self._acceleration[part])
             self._models[part] = key, model
         return model
 
@@ -520,12 +521,8 @@ class SDVGPipeline(DiffusionPipeline):
                 f"pipeline: image or video must be one, or one for each of {batch} prompts, "
                 f"got {len(shown)}"
             )
-        dtype = self.vae.post_quant_conv.weight.dtype
-        latents = self.vae.encode(shown.to(self._device_of(self.vae), dtype)).latent_dist.mode()
-        channels = (1, -1, 1, 1, 1)
-        mean = torch.tensor(self.vae.config.latents_mean).view(channels).to(latents)
-        std = torch.tensor(self.vae.config.latents_std).view(channels).to(latents)
-        return ((latents - mean) / std).transpose(1, 2).expand(batch, -1, -1, -1, -1)
+        latents = encode(self.vae, shown.to(self._device_of(self.vae)))
+        return latents.expand(batch, -1, -1, -1, -1)
 
 
 class Stream(Generation):

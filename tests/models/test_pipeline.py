@@ -21,6 +21,7 @@ from diffusers import WanTransformer3DModel
 
 from sdvg import SDVG, Always, Block, Never, Recompute, Reward, SDVGPipeline, accelerate, preset
 from sdvg.models import embedded
+from sdvg.models.linear import Fp8Linear
 from sdvg.scorers.digits import DigitsReward
 from tests.models.test_vae import stock
 
@@ -426,8 +427,31 @@ def test_an_accelerated_pipeline_is_saved_as_a_plain_one(
     again.set_progress_bar_config(disable=True)
     assert (frames(again) - frames(pipe)).abs().max() < 1e-4
     frames(accelerate(fresh, fp8=True), num_blocks=1)
-    with pytest.raises(ValueError, match="drafter must have its own weights to be saved"):
+    # the target's alone: the drafter's stay
+    assert not any(isinstance(part, Fp8Linear) for part in fresh.drafter.modules())
+    with pytest.raises(ValueError, match="transformer must have its own weights to be saved"):
         fresh.save_pretrained(tmp_path / "fp8")
+
+
+def test_a_callers_autocast_changes_nothing(pipe: SDVGPipeline) -> None:
+    """Keys came in bfloat16 to a float32 cache, which refused them."""
+    expected = frames(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        # the text encoder is transformers' own
+        assert (frames(pipe) - expected).abs().mean() < 0.1
+    embedded_text = pipe.encode_prompt([PROMPT])
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(pipe, "encode_prompt", lambda prompts: embedded_text)
+        assert torch.equal(frames(pipe), expected)
+
+
+def test_tiling_is_refused(pipe: SDVGPipeline) -> None:
+    pipe.vae.enable_tiling()
+    try:
+        with pytest.raises(ValueError, match="vae: tiling must be off, a block is decoded whole"):
+            pipe.stream(PROMPT)
+    finally:
+        pipe.vae.disable_tiling()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

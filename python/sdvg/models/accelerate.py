@@ -36,7 +36,8 @@ def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Mo
         graphs: replay one CUDA graph for each kind of pass (sequences and blocks in it) instead of
             launching a forward's kernels one by one. Where that cannot be, a warning says why.
         fp8: compute the blocks' linear layers in e4m3, with a scale for each row of the input and
-            of the weight (for the target: lossy, and half the weights' memory).
+            of the weight: lossy, and half the weights' memory. Of a pair or a pipeline only the
+            target's: a drafter's products are small, and its drafts are judged. It stays.
 
     Raises:
         TypeError: it is anything else.
@@ -46,7 +47,7 @@ def accelerate(model: _Model, *, graphs: bool = False, fp8: bool = False) -> _Mo
     if hasattr(model, "accelerate"):
         model.accelerate(graphs=graphs, fp8=fp8)
     elif hasattr(model, "drafter") and hasattr(model, "target"):
-        model.drafter.accelerate(graphs=graphs, fp8=fp8)
+        model.drafter.accelerate(graphs=graphs)
         model.target.accelerate(graphs=graphs, fp8=fp8)
         decoder = getattr(model, "decoder", None)
         if hasattr(decoder, "accelerate"):

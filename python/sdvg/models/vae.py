@@ -112,7 +112,15 @@ class StreamingVAE:
         self._graphs = None
 
     def start(self, batch: int) -> DecoderState:
-        """Return the state before the first block; it serves any batch."""
+        """Return the state before the first block; it serves any batch.
+
+        Raises ValueError where tiling was asked for: blocks are decoded whole.
+        """
+        if getattr(self.vae, "use_tiling", False):
+            raise ValueError(
+                "vae: tiling must be off, a block is decoded whole; call vae.disable_tiling(), and "
+                "for less memory take fewer prompts at once"
+            )
         if self._graphs is not None:
             self._graphs.start()
         return DecoderState((None,) * self._convolutions, True)
@@ -131,11 +139,13 @@ class StreamingVAE:
             hook.pre_forward(self.vae)
         weight = self.vae.post_quant_conv.weight
         latents = latents.transpose(1, 2).to(weight.device, weight.dtype)
-        if self._graphs is None:
-            frames, features = self._forward(latents, state.features, state.first)
-        else:
-            offloaded = hook is not None
-            frames, features = self._graphs(latents, state.features, state.first, offloaded)
+        # the features keep the decoder's dtype in a caller's autocast too
+        with torch.autocast(weight.device.type, enabled=False):
+            if self._graphs is None:
+                frames, features = self._forward(latents, state.features, state.first)
+            else:
+                offloaded = hook is not None
+                frames, features = self._graphs(latents, state.features, state.first, offloaded)
         return frames, DecoderState(features, False)
 
     def _forward(
@@ -190,6 +200,20 @@ class StreamingVAE:
             for mine, theirs in zip(draft.features, other.features, strict=True)
         )
         return DecoderState(tuple(features), False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """Return the clean latents `[B, F, C, h, w]` of whole videos, as `StreamingVAE` decodes them.
+
+    Args:
+        pixels: `[B, 3, N, H, W]` in [-1, 1], where the autoencoder lies; N = 1 + 4 (F - 1).
+    """
+    latents = vae.encode(pixels.to(vae.post_quant_conv.weight.dtype)).latent_dist.mode()
+    channels = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(channels).to(latents)
+    std = torch.tensor(vae.config.latents_std).view(channels).to(latents)
+    return ((latents - mean) / std).transpose(1, 2)
 
 
 def _rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:

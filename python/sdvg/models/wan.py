@@ -198,9 +198,10 @@ class CausalWan:
         self._bring()
         # weights may have changed since the last prompt
         self._embedded.clear()
-        embedded = self.transformer.condition_embedder.text_embedder(text)
-        for block in self.transformer.blocks:
-            block.attn2.processor.start(block.attn2, embedded)
+        with torch.autocast(self.device.type, enabled=False):
+            embedded = self.transformer.condition_embedder.text_embedder(text)
+            for block in self.transformer.blocks:
+                block.attn2.processor.start(block.attn2, embedded)
         if self.graphs is not None:
             self.graphs.start()
 
@@ -263,7 +264,9 @@ class CausalWan:
         self.cache.seek(start_frame * self.frame_tokens, rows)
         index = None if rows is None else rows.int()
         forward = self.forward if self.graphs is None else self.graphs
-        return forward(start_frame, latents, self._embed(timestep, len(latents), sigma), index)
+        # in a caller's autocast keys would not have the cache's dtype
+        with torch.autocast(self.device.type, enabled=False):
+            return forward(start_frame, latents, self._embed(timestep, len(latents), sigma), index)
 
     def forward(
         self,
