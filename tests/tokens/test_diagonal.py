@@ -464,6 +464,15 @@ def test_nan_logits_are_one_sentence() -> None:
         next(run)
 
 
+def test_a_decoder_goes_on_outside_of_a_callers_inference_mode(model: TokenLlama) -> None:
+    """What a first video had made in inference mode, the next could not write outside of it."""
+    decoder = _decoder(model)
+    prompts, actions = random_ids(2, 4), random_ids(2, 2, 2)
+    with torch.inference_mode():
+        first = _video(decoder, prompts=prompts, actions=actions)
+    assert torch.equal(_video(decoder, prompts=prompts, actions=actions), first)
+
+
 def test_an_older_generation_does_not_go_on(model: TokenLlama) -> None:
     decoder = _decoder(model)
     first = decoder.generate(random_ids(1, 2), frames=1)

@@ -168,6 +168,8 @@ class DiagonalDecoder:
         """Return how many passes a video takes that fits the context."""
         return self.grid(prefix).passes(frames)
 
+    # what is made for a video is written in a caller's inference mode or out of it
+    @torch.inference_mode(False)
     def generate(
         self,
         prompts: Tensor,
@@ -266,6 +268,8 @@ class Generation(Iterator[Frame]):
             self._whole.extend(self.step())
         return self._whole.popleft()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def step(self) -> tuple[Frame, ...]:
         """Run one pass and return the frames that it made whole: none, mostly.
 

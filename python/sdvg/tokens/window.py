@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from sdvg.host import move
 from sdvg_kernels import TokenGrid, diagonal_schedule, sample_tokens
 
 if TYPE_CHECKING:
@@ -135,9 +136,10 @@ class Window:
         """Write the extra tokens [rows, extra] that lie before `frame` of the window."""
         layout = self._decoder.layout
         end = self.plan.grid.slot(frame, 0, 0)
-        where = torch.tensor(rows, device=ids.device)[:, None]
-        slots = torch.arange(end - layout.extra, end, device=ids.device)
-        self._ids[where, slots] = ids - layout.first
+        device = self._ids.device
+        where = move(torch.tensor(rows), device)[:, None]
+        slots = torch.arange(end - layout.extra, end, device=device)
+        self._ids[where, slots] = move(ids, device) - layout.first
 
     def frame(self, frame: int, rows: Sequence[int]) -> Tensor:
         """Return the codes [rows, height, width] of a frame of the window; -1: none was drawn."""
