@@ -15,6 +15,9 @@ pytest.importorskip("transformers", reason="the model is a transformers class")
 pytest.importorskip("sklearn", reason="the scans come from scikit-learn")
 
 from sdvg.models.embedded import tokens as embedded
+from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS
+from sdvg.models.embedded.quality import quality
+from sdvg.tokens.embedded import EmbeddedVideos
 from sdvg.train import diagonal_tune as tune
 from sdvg.train.tokens import forward
 
@@ -132,6 +135,26 @@ def test_tuning_learns_saves_and_goes_on(tmp_path: Path, models: embedded.VideoT
     with torch.no_grad():
         plain, other = (forward(model, ids, ids) for model in (models.model, tuned))
     assert not torch.equal(plain, other)
+
+
+def test_the_shipped_update_draws_digits_along_diagonals() -> None:
+    prompts = [
+        f"a {name} moving {way}" for name, way in zip(DIGITS, [*DIRECTIONS] * 2, strict=False)
+    ]
+    legible = []
+    for tuned in (False, True):
+        videos = EmbeddedVideos(embedded.load(tuned=tuned), mode="spatial", k=1)
+        made = [shown.frames for shown in videos.generate(prompts, frames=2)]
+        frames = torch.stack(made, 1)
+        legible.append(
+            sum(
+                quality(*pair, stride=embedded.STRIDE).legibility
+                for pair in zip(frames, prompts, strict=True)
+            )
+            / len(prompts)
+        )
+    assert legible[1] > 0.75
+    assert legible[1] > legible[0] + 0.2
 
 
 def test_the_update_must_be_the_models(tmp_path: Path) -> None:

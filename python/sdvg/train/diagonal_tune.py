@@ -41,9 +41,10 @@ MODES = ("spatial", "spatiotemporal")
 # what is fed for a row's last token while that is not there yet
 ROW_START = "newest"
 # steps and rank of the shipped run
-STEPS, RANK = 600, 64
-# until this share of the steps: clips of a batch, frames of a clip, slots of a clip
-PHASES = ((0.9, 8, FRAMES, 600), (1.0, 4, FRAMES, 4096))
+STEPS, RANK = 450, 64
+# until this share of the steps: clips of a batch, frames of a clip, slots of a clip; all slots, as
+# thinned clips teach the model a context that decoding never shows
+PHASES = ((0.6, 14, 2, 4096), (1.0, 4, FRAMES, 4096))
 
 
 class Entries(NamedTuple):
@@ -152,7 +153,7 @@ def tune(
     models: VideoTokens,
     runs: Path,
     *,
-    ks: Sequence[int] = (1, 1, 1, 2, 4),
+    ks: Sequence[int] = (1, 1, 2),
     modes: Sequence[str] = MODES,
     rank: int = RANK,
     steps: int = STEPS,
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the update and its log")
     parser.add_argument("--base", type=Path, help="folder of the models (default: the shipped)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 1, 1, 2, 4], dest="ks",
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 1, 2], dest="ks",
                         help="drawn from, once a step")  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--rank", type=int, default=RANK)
