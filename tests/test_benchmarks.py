@@ -58,6 +58,12 @@ def test_each_benchmark_verifies_and_times_on_a_cpu(name: str, tmp_path: Path) -
     assert all(row["shape"] in page for row in rows)
 
 
+def test_each_benchmark_is_named_in_the_readme() -> None:
+    text = (machine.ROOT / "benchmarks" / "README.md").read_text()
+    files = sorted(path.stem for path in (machine.ROOT / "benchmarks").glob("bench_*.py"))
+    assert [name for name in files if f"| `{name}` |" not in text] == []
+
+
 def test_a_wrong_output_gets_no_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench("bench", "cpu", tmp_path)
     capsys.readouterr()
