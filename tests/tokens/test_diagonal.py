@@ -385,6 +385,16 @@ def test_the_published_mask_attends_to_what_is_not_decoded(model: TokenLlama) ->
     assert torch.equal(ours, theirs)
 
 
+def test_what_ran_before_leaves_no_trace_in_a_published_video(model: TokenLlama) -> None:
+    """The slots that are not decoded yet held an older video's K/V: a seed gave other tokens."""
+    actions = random_ids(1, 1, 2)
+    decoder = DiagonalDecoder(model, LAYOUT, k=2, published=True)
+    given = {"frames": 2, "prompts": random_ids(1, 3), "actions": actions}
+    first = _video(decoder, **given)
+    _video(decoder, 2, prompts=random_ids(1, 3, seed=8), actions=actions, seed=5)
+    assert torch.equal(_video(decoder, **given), first)
+
+
 def _decoder(model: TokenLlama, **options: object) -> DiagonalDecoder:
     return DiagonalDecoder(model, LAYOUT, **{"k": 2, **options})
 
@@ -568,6 +578,25 @@ def test_the_host_waits_at_the_end_of_a_frame_only() -> None:
     try:
         # all passes but the frame's last
         for _ in range(decoder.passes(1) - 2):
+            assert not run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.step()
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_where_a_frame_starts_before_the_last_is_whole() -> None:
+    model = random_model().cuda()
+    prompts, actions = random_ids(2, 5).cuda(), random_ids(2, 1, 2).cuda()
+    decoder = DiagonalDecoder(model, LAYOUT, k=1, mode="spatiotemporal")
+    _video(decoder, 2, prompts=prompts, actions=actions)
+    run = decoder.generate(prompts, frames=2, actions=actions)
+    run.step()
+    end = LAYOUT.height - 1 + LAYOUT.width
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # the second frame's first pass is among them
+        for _ in range(end - 2):
             assert not run.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

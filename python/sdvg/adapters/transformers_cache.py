@@ -224,6 +224,11 @@ class TransformersTokens:
         k, v = (torch.zeros(shape, dtype=self.decoder.dtype, device=self.device) for _ in range(2))
         return SlotCache(k, v)
 
+    def clear(self, cache: SlotCache) -> None:
+        """Write zeros over all K/V, as in a new cache."""
+        cache.k.zero_()
+        cache.v.zero_()
+
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: SlotCache) -> None:
         """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it."""

@@ -166,6 +166,11 @@ class TokenLlama(nn.Module):
             )
         return angles(self.sizes, slots)
 
+    def clear(self, cache: TokenCache) -> None:
+        """Write zeros over all K/V, as in a new cache."""
+        cache.k.zero_()
+        cache.v.zero_()
+
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: TokenCache) -> None:
         """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it."""

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sdvg.host import move
 from sdvg.models.capture import Recorder
 from sdvg.tokens.window import TokenModel, Window
 from sdvg_kernels import TokenGrid
@@ -98,7 +99,8 @@ class DiagonalDecoder:
         context: slots of the cache. A video that does not fit goes on with the prompt and the last
             `keep` frames, written anew into an empty cache (MineWorld). None: the whole video.
         keep: frames that are kept when the context slides.
-        published: attend as the released loops do, to slots that are not decoded yet, too.
+        published: attend as the released loops do, to slots that are not decoded yet, too, which
+            hold zeros.
         graphs: replay a CUDA graph for each width of a pass. None: where the model is on a GPU.
 
     Raises: ValueError, in one sentence.
@@ -338,13 +340,14 @@ class Generation(Iterator[Frame]):
         """Return the extra tokens [rows, extra] that lead to `frame`, asked for once."""
         layout, model = self.decoder.layout, self.decoder.model
         if isinstance(self._actions, Tensor):
-            ids = self._actions[list(rows), frame - 1]
+            # a list as an index is uploaded from pageable memory, and the host waits
+            ids = self._actions[move(torch.tensor(rows), self._actions.device), frame - 1]
         else:
             ids = self._actions(frame, rows)
             check_ids("actions", ids, (len(rows), layout.extra), model.vocabulary)
-        ids = ids.to(model.device, torch.int64)
+        ids = move(ids, model.device).long()
         kept = self._leading.setdefault(frame, ids.new_zeros(len(self._prompts), layout.extra))
-        kept[list(rows)] = ids
+        kept[move(torch.tensor(rows), model.device)] = ids
         return ids
 
     def _prefix(self, first: int) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,10 @@ class TokenModel(Protocol):
         """Return an empty cache; ValueError where the model has no such positions."""
         ...
 
+    def clear(self, cache: object) -> None:
+        """Write zeros over all K/V, as in a new cache."""
+        ...
+
     def prefill(self, ids: Tensor, cache: object) -> None:
         """Write the K/V of `ids [B, L]` to slots 0 to L - 1, each token seeing those before it."""
         ...
@@ -115,6 +119,9 @@ class Window:
         if uncond is not None:
             self._uncond.copy_(uncond - layout.first)
             fed = torch.cat((prefix, uncond))
+        if self._decoder.published:
+            # what is seen before it is decoded must not be an older video's
+            model.clear(self._cache)
         # the last one is fed by pass 0
         model.prefill(fed[:, :-1], self._cache)
         self._seeds.fill_(seed)
