@@ -39,6 +39,7 @@ def generate(args: argparse.Namespace) -> int:
     from sdvg.tokens.embedded import EmbeddedVideos
 
     paths = output_paths(args.out, len(args.prompt))
+    k = 2 if args.k is None and args.mode != "raster" else args.k
     actions = _actions(args.action, args.frames).expand(len(args.prompt), -1)
     with Aside() as aside, Interrupts() as interrupts:
         files = [
@@ -47,7 +48,7 @@ def generate(args: argparse.Namespace) -> int:
         ]
         models = _load(args, tuned=args.tuned)
         warn_of_prompts(embedded.WEIGHTS, args.prompt)
-        videos = EmbeddedVideos(models, **_how(args, args.mode, args.k))
+        videos = EmbeddedVideos(models, **_how(args, args.mode, k))
         writers = [VideoWriter(kinds["mp4"], fps=args.fps) for kinds in files]
         shown: list[Shown] = []
         interrupted, began = False, time.perf_counter()
@@ -185,14 +186,14 @@ def add_commands(
         "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
     )
     add("--mode", default="spatial", help=f"one of {', '.join(MODES)} or scd")
-    add("--k", type=int, default=2,
-        help="tokens that a row waits for the row above, 1 to 16; for scd the window")  # fmt: skip
+    add("--k", type=int,
+        help="tokens that a row is behind the one above, 1 to 16; scd: the window; default 2")  # fmt: skip
     add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
     add("--frames", type=int, default=8)
     add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
         help="turn from that frame on, as in 3=up left,quickly; may be repeated")  # fmt: skip
     add("--context", type=int, help="slots of the cache; a longer video slides on")
-    add("--keep", type=int, default=1, help="frames that are kept when the context slides")
+    add("--keep", type=int, help="frames that are kept when the context slides, default 1")
     add("--fps", type=int, default=4)
     new.set_defaults(run=generate)
 
@@ -208,18 +209,16 @@ def add_commands(
     new.set_defaults(run=sweep)
 
 
-def _how(args: argparse.Namespace, mode: str, k: int) -> dict[str, object]:
+def _how(args: argparse.Namespace, mode: str, k: int | None) -> dict[str, object]:
     """Return what `EmbeddedVideos` takes for a mode."""
     how: dict[str, object] = {"mode": mode, "k": k, "sampling": _sampling(args)}
-    if mode == "raster":
-        how["k"] = None
+    # a table has no context: its videos fit
+    slide = {name: getattr(args, name, None) for name in ("context", "keep")}
+    slide = {name: value for name, value in slide.items() if value is not None}
     if mode != "scd":
-        # a table has no context: its videos fit
-        slide = {name: getattr(args, name, None) for name in ("context", "keep")}
-        how |= {name: value for name, value in slide.items() if value is not None}
-        how["row_start"] = args.row_start
-    elif getattr(args, "context", None) is not None:
-        raise ValueError(f"context: must be left out for scd, got {args.context}")
+        return how | slide | {"row_start": args.row_start}
+    for name, value in slide.items():
+        raise ValueError(f"{name}: must be left out for scd, got {value}")
     return how
 
 

@@ -50,6 +50,12 @@ def test_generate_writes_a_video_its_frames_and_a_report(
             ["--mode", "rows"],
             "diagonal: mode must be one of raster, spatial, spatiotemporal, zipar",
         ),
+        (
+            ["--mode", "raster", "--k", "5"],
+            "diagonal: k must be the width 16 in raster order, got 5",
+        ),
+        (["--mode", "scd", "--context", "300"], "context: must be left out for scd, got 300"),
+        (["--mode", "scd", "--keep", "3"], "keep: must be left out for scd, got 3"),
         (["--action", "9=up,quickly"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
         (["--action", "1=sideways"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
         (["--context", "100"], "diagonal: context must hold at least 280 slots, the prompt and on"),
