@@ -186,8 +186,7 @@ def add_commands(
         "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
     )
     add("--mode", default="spatial", help=f"one of {', '.join(MODES)} or scd")
-    add("--k", type=int,
-        help="tokens that a row is behind the one above, 1 to 16; scd: the window; default 2")  # fmt: skip
+    add("--k", type=int, help="tokens that a row is behind the last; scd: the window; default 2")
     add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
     add("--frames", type=int, default=8)
     add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
