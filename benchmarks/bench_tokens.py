@@ -48,8 +48,14 @@ def plans(bench: Bench) -> Iterator[Plan]:
         for k in (world.layout.width, 1) if bench.quick else (world.layout.width, 2, 1):
             yield Plan(f"a pass, {world.name} k={k}", partial(_pass, bench, world, k))
         # a frame of Cosmos in raster order takes seconds
-        for k in (1, 2) if world is worlds[0] else ():
-            yield Plan(f"frames, {world.name} k={k}", partial(_frames, bench, world, k))
+        if world is not worlds[0]:
+            continue
+        orders = [("spatial", 1), ("spatial", 2)]
+        if not bench.quick:
+            orders += [("spatiotemporal", 1), ("zipar", 2)]
+        for mode, k in orders:
+            what = f"frames, {world.name} {mode} k={k}"
+            yield Plan(what, partial(_frames, bench, world, mode, k))
 
 
 def _model(bench: Bench, world: World) -> TokenLlama:
@@ -110,8 +116,8 @@ def _pass(bench: Bench, world: World, k: int) -> Case:
     )
 
 
-def _frames(bench: Bench, world: World, k: int) -> Case:
-    """Return a frame in raster order and along diagonals."""
+def _frames(bench: Bench, world: World, mode: str, k: int) -> Case:
+    """Return frames in raster order and in those of `mode`; passes are those of the video."""
     layout, model = world.layout, _model(bench, world)
     count = 2
     prompts = torch.randint(layout.codes, (1, 5 + layout.extra), device=bench.device)
@@ -136,15 +142,15 @@ def _frames(bench: Bench, world: World, k: int) -> Case:
         return Candidate(name, run, check, peer=how["mode"] == "raster"), decoder
 
     raster, slow = candidate("raster order", mode="raster")
-    spatial, fast = candidate("spatial", mode="spatial", k=k)
+    ours, fast = candidate(mode, mode=mode, k=k)
     return Case(
         op="token frame",
         shape=(
-            f"{world.name} {layout.height}x{layout.width} k={k} "
-            f"passes={fast.passes(1)} raster={slow.passes(1)}"
+            f"{world.name} {layout.height}x{layout.width} {mode} k={k} "
+            f"passes={fast.passes(count)} raster={slow.passes(count)}"
         ),
         dtype=str(model.norm.dtype).removeprefix("torch."),
-        candidates=[spatial, raster],
+        candidates=[ours, raster],
         wall=True,
         units=count,
     )
