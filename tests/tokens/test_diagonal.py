@@ -483,6 +483,19 @@ def test_a_decoder_goes_on_outside_of_a_callers_inference_mode(model: TokenLlama
     assert torch.equal(_video(decoder, prompts=prompts, actions=actions), first)
 
 
+def test_weights_may_move_between_two_videos() -> None:
+    """Captured passes replayed the memory that weights had left; the cache kept its old dtype."""
+    moving = random_model()
+    decoder, given = _decoder(moving), {"prompts": random_ids(2, 4), "actions": random_ids(2, 2, 2)}
+    _video(decoder, **given)
+    (old,) = decoder._windows.values()
+    moving.float()
+    found = _video(decoder, **given)
+    (new,) = decoder._windows.values()
+    assert new is not old
+    assert torch.equal(found, _video(_decoder(moving), **given))
+
+
 def test_an_older_generation_does_not_go_on(model: TokenLlama) -> None:
     decoder = _decoder(model)
     first = decoder.generate(random_ids(1, 2), frames=1)

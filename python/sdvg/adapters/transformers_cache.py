@@ -114,6 +114,10 @@ class TransformersTokens:
         """Where the weights are."""
         return self.decoder.device
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the model's weights."""
+        return self.model.parameters()
+
     def layout(self, height: int | None = None, width: int | None = None) -> Layout:
         """Return what lies where in a sequence, for `DiagonalDecoder`.
 

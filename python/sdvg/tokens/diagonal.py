@@ -156,6 +156,7 @@ class DiagonalDecoder:
         self._windows: dict[tuple[int, int, int], Window] = {}
         self._cache: object = None
         self._cache_shape = (0, 0)
+        self._weights: tuple[tuple[int, torch.dtype], ...] = ()
         self._running: Generation | None = None
 
     def grid(self, prefix: int) -> TokenGrid:
@@ -203,12 +204,13 @@ class DiagonalDecoder:
     def window(self, batch: int, prefix: int, frames: int, slots: int) -> Window:
         """Return the passes of `frames` frames behind `prefix` tokens, with a cache of `slots`."""
         copies = 2 if self.sampling.guidance != 1 else 1
-        if self._cache_shape != (copies * batch, slots):
-            # captured passes hold the cache's address
+        weights = tuple((weight.data_ptr(), weight.dtype) for weight in self.model.parameters())
+        if self._cache_shape != (copies * batch, slots) or self._weights != weights:
+            # captured passes hold the addresses of cache and weights, which may have moved
             self._windows.clear()
             self.recorder.drop()
             self._cache = self.model.new_cache(copies * batch, slots)
-            self._cache_shape = (copies * batch, slots)
+            self._cache_shape, self._weights = (copies * batch, slots), weights
         key = (batch, prefix, frames)
         if key not in self._windows:
             self._windows[key] = Window(self, self._cache, batch, prefix, frames)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,10 @@ class TokenModel(Protocol):
 
     device: torch.device
     vocabulary: int
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights: passes are captured anew where they have moved."""
+        ...
 
     def new_cache(self, batch: int, slots: int) -> object:
         """Return an empty cache; ValueError where the model has no such positions."""
