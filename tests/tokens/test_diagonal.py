@@ -350,6 +350,33 @@ def test_a_pass_of_each_width_is_recorded_once(
         assert sorted(recorded) == sorted(set(window.plan.buckets))
 
 
+def test_a_broken_capture_drops_its_pool(
+    model: TokenLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[bool] = []
+
+    class Recorder:
+        """A recording fails, as where memory has run out."""
+
+        def drop(self) -> None:
+            dropped.append(True)
+
+        def warm_up(self, forward: Callable[[], None], _: torch.device) -> None:
+            forward()
+
+        def record(self, *_: object) -> None:
+            raise RuntimeError("out of memory")
+
+    decoder = _decoder(model)
+    monkeypatch.setattr(decoder, "graphs", True)
+    run = decoder.generate(random_ids(1, 2), frames=1)
+    decoder.window(1, 2, 1, run._slots)
+    monkeypatch.setattr(decoder, "recorder", Recorder())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(run)
+    assert dropped == [True]
+
+
 def test_steps_are_passes(model: TokenLlama) -> None:
     decoder = DiagonalDecoder(model, LAYOUT, k=2)
     run = decoder.generate(random_ids(1, 2), frames=1)

@@ -208,4 +208,9 @@ class Window:
 
         decoder.recorder.warm_up(again, decoder.model.device)
         self._at.copy_(at)
-        return decoder.recorder.record(partial(self._pass, width), decoder.model.device)[1]
+        try:
+            return decoder.recorder.record(partial(self._pass, width), decoder.model.device)[1]
+        except RuntimeError:
+            # the pool of a broken capture takes no new one
+            decoder.recorder.drop()
+            raise
