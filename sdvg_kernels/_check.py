@@ -51,6 +51,14 @@ def require_implementation(
     return implementation
 
 
+def by_preference(device: str, reason: str) -> dict[str, str]:
+    """Return implementation -> "" or why it cannot run, the default first; `reason` is Triton's."""
+    if device == "cpu":
+        # the interpreter is for tests: never the default
+        return {"reference": "", "triton": reason}
+    return {"triton": reason, "reference": ""}
+
+
 def triton_reason(device: str) -> str:
     """Return "" or why Triton cannot run on tensors of the device type `device`."""
     if importlib.util.find_spec("triton") is None:

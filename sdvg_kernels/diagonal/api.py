@@ -10,7 +10,13 @@ from typing import Literal
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
+from sdvg_kernels._check import (
+    by_preference,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
 from sdvg_kernels.diagonal import reference
 from sdvg_kernels.diagonal.schedule import TokenGrid
 
@@ -241,9 +247,7 @@ def _available(
     if not reason and dtype == torch.float64:
         reason = "the Triton kernel has no torch.float64"
     # the interpreter is for tests: never the default
-    if device == "cpu":
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+    return by_preference(device, reason)
 
 
 @functools.cache

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
+from sdvg_kernels._check import (
+    by_preference,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
 from sdvg_kernels.frames import reference
 
 # CLIP's, which ImageReward uses too
@@ -110,10 +116,7 @@ def _available(device: str, tiny: bool, *dtypes: torch.dtype) -> dict[str, str]:
     for dtype in dtypes:
         if not reason and dtype not in DTYPES:
             reason = f"the Triton kernel has no {dtype}"
-    if device == "cpu":
-        # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+    return by_preference(device, reason)
 
 
 @functools.cache

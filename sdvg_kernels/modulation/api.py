@@ -8,7 +8,7 @@ import logging
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import message, require_implementation, triton_reason
+from sdvg_kernels._check import by_preference, message, require_implementation, triton_reason
 from sdvg_kernels.modulation import reference
 
 # [B, F, C], or that and a [C] that is added to each of its rows
@@ -256,10 +256,7 @@ def _available(device: str, width: int, *dtypes: torch.dtype) -> dict[str, str]:
     for dtype in dtypes:
         if not reason and dtype not in DTYPES:
             reason = f"the Triton kernel has no {dtype}"
-    if device == "cpu":
-        # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+    return by_preference(device, reason)
 
 
 @functools.cache

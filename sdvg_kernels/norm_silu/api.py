@@ -8,7 +8,7 @@ import logging
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import message, require_implementation, triton_reason
+from sdvg_kernels._check import by_preference, message, require_implementation, triton_reason
 from sdvg_kernels.norm_silu import config, reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,10 +130,7 @@ def _available(device: str, width: int, *dtypes: torch.dtype) -> dict[str, str]:
     for dtype in dtypes:
         if not reason and dtype not in DTYPES:
             reason = f"the Triton kernel has no {dtype}"
-    if device == "cpu":
-        # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+    return by_preference(device, reason)
 
 
 @functools.cache

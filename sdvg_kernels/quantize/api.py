@@ -8,7 +8,7 @@ import logging
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import message, require_implementation, triton_reason
+from sdvg_kernels._check import by_preference, message, require_implementation, triton_reason
 from sdvg_kernels.quantize import reference
 
 _OP = "quantize_rows"
@@ -85,10 +85,7 @@ def _available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             reason = "e4m3 needs compute capability 8.9, this device has {}.{}".format(*capability)
     if not reason and dtype not in DTYPES:
         reason = f"the Triton kernel has no {dtype}"
-    if device.type == "cpu":
-        # the interpreter is for tests: never the default
-        return {"reference": "", "triton": reason}
-    return {"triton": reason, "reference": ""}
+    return by_preference(device.type, reason)
 
 
 def implementations() -> dict[str, str]:

@@ -8,7 +8,13 @@ import math
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation, triton_reason
+from sdvg_kernels._check import (
+    by_preference,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
 from sdvg_kernels.verify import reference
 
 _OP = "route_blocks"
@@ -82,9 +88,7 @@ def route_blocks(
 def _available(device: str) -> dict[str, str]:
     """Return implementation -> "" or why it cannot run on `device`, in order of preference."""
     reason = triton_reason(device)
-    if device == "cpu" or reason:
-        return {"reference": "", "triton": reason}
-    return {"triton": "", "reference": ""}
+    return by_preference(device, reason)
 
 
 def implementations() -> dict[str, str]:
