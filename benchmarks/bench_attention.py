@@ -17,7 +17,7 @@ from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
 from benchmarks.peers import Attention, Peer, attention_peers
 from sdvg_kernels import block_causal_attention, implementations
 from sdvg_kernels.attention import e4m3
-from sdvg_kernels.testing import assert_within_budget, fails_alone
+from sdvg_kernels.testing import assert_within_budget, fails_alone, signal_to_noise
 
 FRAME = 1560
 BLOCK = 3 * FRAME
@@ -158,8 +158,7 @@ def case(bench: Bench, shape: Shape, *, eight_bits: bool = False) -> Case:
     out = torch.empty_like(query)
 
     def check_noise(out: object) -> None:
-        error = (out - exact).square().sum() / exact.square().sum()
-        decibels = -10 * error.log10().item()
+        decibels = signal_to_noise(out, exact)
         assert decibels >= 25, f"signal to noise is {decibels:.1f} dB, must be 25"
 
     def ours(name: str) -> Candidate:

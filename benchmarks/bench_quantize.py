@@ -23,7 +23,7 @@ from benchmarks.harness import Bench, Candidate, Case, Plan, Unavailable, main
 from benchmarks.peers import eager_quantised
 from sdvg.models.linear import Fp8Linear
 from sdvg_kernels import implementations, quantize_rows
-from sdvg_kernels.testing import assert_within_budget
+from sdvg_kernels.testing import assert_within_budget, signal_to_noise
 
 
 class Size(NamedTuple):
@@ -140,8 +140,8 @@ def _linear(bench: Bench, size: Size) -> Case:
     exact = given @ plain.weight.double().T + plain.bias.double()
 
     def check(out: object) -> None:
-        noise = ((out - exact).square().sum() / exact.square().sum()).log10().item() * -10
-        assert noise >= 25, f"signal to noise is {noise:.1f} dB"
+        decibels = signal_to_noise(out, exact)
+        assert decibels >= 25, f"signal to noise is {decibels:.1f} dB, must be 25"
 
     return Case(
         op="fp8_linear",
