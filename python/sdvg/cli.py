@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from sdvg import bench, env
 from sdvg.commit import policy
-from sdvg.console import Interrupts, asked, output_paths, prepare, warn_of_prompts
+from sdvg.console import (
+    Interrupts,
+    asked,
+    interrupted_sweep,
+    output_paths,
+    prepare,
+    warn_of_prompts,
+)
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
@@ -194,16 +201,7 @@ def sweep(args: argparse.Namespace) -> int:
         )
         print(*write_sweep(args.out, rows, lines, about), sep="\n")
     except KeyboardInterrupt:
-        store = args.out / "videos.jsonl"
-        # its first line holds the settings
-        if not store.is_file() or store.read_bytes().count(b"\n") < 2:
-            raise
-        print(
-            f"sdvg: interrupted; the finished videos are kept in {store}, "
-            "and the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
+        return interrupted_sweep(args.out / "videos.jsonl")
     return 0
 
 

@@ -34,6 +34,19 @@ def prepare(args: argparse.Namespace) -> str:
     return device
 
 
+def interrupted_sweep(store: Path) -> int:
+    """Say what Ctrl-C has left in `store` and return the exit code; raise on if that is nothing."""
+    # its first line holds the settings
+    if not store.is_file() or store.read_bytes().count(b"\n") < 2:
+        raise
+    print(
+        f"sdvg: interrupted; the finished videos are kept in {store}, "
+        "and the same command goes on from there",
+        file=sys.stderr,
+    )
+    return 130
+
+
 def output_paths(out: Path, count: int) -> list[Path]:
     """Return the mp4 of each of `count` videos; ValueError where they cannot be."""
     if out.suffix != ".mp4":

@@ -17,7 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdvg import env
-from sdvg.console import Interrupts, asked, output_paths, prepare, warn_of_prompts
+from sdvg.console import (
+    Interrupts,
+    asked,
+    interrupted_sweep,
+    output_paths,
+    prepare,
+    warn_of_prompts,
+)
 from sdvg.sweep import digest
 from sdvg.token_sweep import QUICK, WIDTHS, Line, lines, write
 from sdvg.token_sweep import sweep as run_sweep
@@ -146,16 +153,7 @@ def sweep(args: argparse.Namespace) -> int:
         )
         print(*write(args.out, rows, about), sep="\n")
     except KeyboardInterrupt:
-        store = args.out / "diagonal.jsonl"
-        # its first line holds the settings
-        if not store.is_file() or store.read_bytes().count(b"\n") < 2:
-            raise
-        print(
-            f"sdvg: interrupted; the finished videos are kept in {store}, "
-            "and the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
+        return interrupted_sweep(args.out / "diagonal.jsonl")
     return 0
 
 
