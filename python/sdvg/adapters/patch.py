@@ -227,6 +227,7 @@ def _prove_self(layer: nn.Module, defers: bool) -> bool:
             try:
                 theirs = type(layer).forward(layer, **given, kv_cache=caches[0])
                 break
+            # foreign code fails in any way
             except Exception as error:
                 why = f"it does not run alone: {type(error).__name__}: {error}"
         else:
@@ -265,6 +266,7 @@ def _prove_cross(layer: nn.Module) -> bool:
         for forward in (type(layer).forward, cross_attention):
             try:
                 outs.append(forward(layer, x, text, None, crossattn_cache={"is_init": False}))
+            # foreign code fails in any way; ours must not
             except Exception as error:
                 if outs:
                     raise

@@ -37,7 +37,7 @@ def _sizes(layers: int, width: int, heads: int) -> LlamaSizes:
     return LlamaSizes(layers, width, heads, heads, width // heads, hidden, CODES, 1e-5)
 
 
-# the released configurations: by class B to XXXL and 3B, by caption XL
+# B, L, XL, XXL and 3B were released by class, XL by caption; the other sizes are named alone
 LLAMAGEN = {
     "B": _sizes(12, 768, 12),
     "L": _sizes(24, 1024, 16),
