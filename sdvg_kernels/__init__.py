@@ -37,6 +37,7 @@ _EXPORTS = {
     "TokenGrid": "diagonal",
     "diagonal_mask": "diagonal",
     "diagonal_attention": "diagonal",
+    "tree_attention": "masked",
 }
 _OPS = tuple(dict.fromkeys(_EXPORTS.values()))
 

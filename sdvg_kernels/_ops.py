@@ -216,3 +216,12 @@ define(
     " float softmax_scale, int? num_splits, str implementation) -> Tensor",
     lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
 )
+
+# masked
+
+define(
+    "tree_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor mask,"
+    " Tensor? cache_batch_idx, Tensor? cache_leftpad, float softmax_scale, int? num_splits,"
+    " str implementation) -> Tensor",
+    lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
+)
