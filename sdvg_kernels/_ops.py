@@ -225,3 +225,31 @@ define(
     " str implementation) -> Tensor",
     lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format),
 )
+
+# tree: (tokens [B, W * K], scores [B, W * K], beams [B, K]); and the fields of a TokenTree
+
+define(
+    "expand_tree(Tensor logits, Tensor? scores, int top_k, Tensor? uncond, float guidance,"
+    " float temperature, str implementation) -> (Tensor, Tensor, Tensor)",
+    lambda logits, scores, top_k, *_: (
+        logits.new_empty((logits.shape[0], logits.shape[1] * top_k), dtype=torch.int64),
+        logits.new_empty((logits.shape[0], logits.shape[1] * top_k), dtype=torch.float32),
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.int32),
+    ),
+)
+
+
+def _fake_tree(root: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, ...]:
+    batch, size = root.shape[0], arguments[4]
+    return (
+        root.new_empty((batch, size), dtype=torch.int64),
+        *(root.new_empty((batch, size), dtype=torch.int32) for _ in range(4)),
+        root.new_empty((batch, size, -(-size // 32)), dtype=torch.int32),
+    )
+
+
+define(
+    "build_tree(Tensor root, Tensor tokens, Tensor scores, Tensor parents, Tensor? limit, int size,"
+    " str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_tree,
+)
