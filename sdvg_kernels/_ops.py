@@ -74,7 +74,7 @@ define(
     lambda query, *arguments, out: _fake_lse(query, arguments[12]),
 )
 
-# verify: (accept [B] bool, score [B] float32)
+# verify: (accept [B] bool, score [B] float32); (path [B, depth + 1], counts [B], tokens [B])
 
 define(
     "route_blocks(Tensor frame_rewards, Tensor? first, float tau, bool all_first, str aggregate,"
@@ -82,6 +82,36 @@ define(
     lambda frame_rewards, *_: (
         frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.bool),
         frame_rewards.new_empty(frame_rewards.shape[0], dtype=torch.float32),
+    ),
+)
+
+_RULE = """Tensor? seeds, Tensor? sequences, Tensor? positions, float guidance, float temperature,
+    int top_k, float top_p, int depth"""
+
+
+def _fake_verified(
+    logits: torch.Tensor, depth: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch = logits.shape[0]
+    return (
+        logits.new_empty((batch, depth + 1), dtype=torch.int32),
+        logits.new_empty(batch, dtype=torch.int32),
+        logits.new_empty(batch, dtype=torch.int64),
+    )
+
+
+define(
+    "verify_chain(Tensor draft, Tensor logits, Tensor? draft_logits, Tensor? draft_probs,"
+    f" Tensor? uncond, Tensor? draft_uncond, {_RULE}, str implementation)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda draft, logits, *arguments: _fake_verified(logits, arguments[11]),
+)
+define(
+    "verify_tree(Tensor tokens, Tensor parents, Tensor first_child, Tensor next_sibling,"
+    f" Tensor logits, Tensor? uncond, Tensor? neighbours, {_RULE}, str rule, float first_bound,"
+    " float second_bound, str implementation) -> (Tensor, Tensor, Tensor)",
+    lambda tokens, parents, first, sibling, logits, *arguments: _fake_verified(
+        logits, arguments[9]
     ),
 )
 
