@@ -18,14 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdvg.models.tokens import (
-    LlamaSizes,
-    TokenCache,
-    TokenLlama,
-    fit,
-    frequencies,
-    read_names,
-)
+from sdvg.models.llama import LlamaSizes, TokenCache, by_halves, frequencies
+from sdvg.models.tokens import TokenLlama, fit, read_names
 from sdvg_kernels import TokenGrid
 
 CODES = 16384
@@ -273,20 +267,10 @@ def load_llamagen(
     model = fit(model, names)
     for layer in model.layers:
         # the checkpoint's own tensor stays as it is
-        layer.qkv.weight = nn.Parameter(_by_halves(layer.qkv.weight, sizes), requires_grad=False)
+        layer.qkv.weight = nn.Parameter(by_halves(layer.qkv.weight, sizes), requires_grad=False)
     if empty is not None:
         with torch.no_grad():
             model.embedding.weight[model.codes :][: len(empty)] = model._project(
                 empty.to(model.caption_in.weight)
             )
     return model
-
-
-def _by_halves(weight: Tensor, sizes: LlamaSizes) -> Tensor:
-    """Return the rows of query, key and value so that the pairs that turn are half a head apart.
-
-    In the release a pair lies side by side; a product of query and key does not tell.
-    """
-    turned = (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    pairs = weight[:turned].unflatten(0, (-1, sizes.head_dim // 2, 2))
-    return torch.cat((pairs.transpose(1, 2).flatten(0, 2), weight[turned:]))

@@ -3,47 +3,38 @@
 A pass feeds tokens to explicit cache slots, and a token's position is its slot, as in MineWorld and
 Cosmos. Attention is `sdvg_kernels.diagonal_attention`, which reads the cache in place and knows
 from slots and passes what each token sees; on a CPU it is PyTorch's with `diagonal_mask`, which is
-made once for all layers.
+made once for all layers. A pass of speculative decoding feeds a chain and a tree (`feed_tree`):
+their entries say by bits which slots they see behind those that all see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvg.models.llama import (
+    LlamaLayer,
+    LlamaSizes,
+    TokenCache,
+    angles,
+    attend_causal,
+    attend_masked,
+    attend_tree,
+    empty_cache,
+    run_layers,
+)
 from sdvg_kernels import TokenGrid, diagonal_attention, diagonal_mask
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class LlamaSizes:
-    """What a Llama's weights do not say by their shapes, and what they do.
-
-    `grid` is the (frames, height, width) of rotary angles in three axes (Cosmos), slot by slot in
-    raster order; None: one axis, the slot itself.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocabulary: int
-    eps: float = 1e-6
-    theta: float = 1e4
-    qk_norm: bool = False
-    grid: tuple[int, int, int] | None = None
-
 
 # the released configurations (microsoft/mineworld, nvidia-cosmos/cosmos-predict1)
 MINEWORLD = {
@@ -55,60 +46,6 @@ COSMOS = {
     "4B": LlamaSizes(16, 4096, 32, 8, 128, 14336, 64000, 1e-5, 5e5, True, (5, 40, 64)),
     "12B": LlamaSizes(40, 5120, 32, 8, 128, 14336, 64000, 1e-5, 5e5, True, (5, 40, 64)),
 }
-
-
-class TokenCache(NamedTuple):
-    """K and V of all layers `[layers, B, slots + 1, kv_heads, head_dim]`; padding is written last.
-
-    Nothing ever reads the last slot. `cos` and `sin` `[slots, 1, head_dim]` are the slots' angles.
-    `leftpad` [B] int32: slots at a sequence's start that nobody sees; None: all are seen.
-    """
-
-    k: Tensor
-    v: Tensor
-    cos: Tensor
-    sin: Tensor
-    leftpad: Tensor | None = None
-
-    @property
-    def slots(self) -> int:
-        """How many tokens of a sequence it holds."""
-        return self.k.shape[2] - 1
-
-
-class _Layer(nn.Module):
-    def __init__(self, sizes: LlamaSizes) -> None:
-        super().__init__()
-        self.sizes = sizes
-        width, dim = sizes.width, sizes.head_dim
-        self.attention_norm = nn.Parameter(torch.ones(width))
-        self.ffn_norm = nn.Parameter(torch.ones(width))
-        # query, key and value in one product, gate and up in one
-        self.qkv = nn.Linear(width, (sizes.heads + 2 * sizes.kv_heads) * dim, bias=False)
-        self.out = nn.Linear(sizes.heads * dim, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * sizes.hidden, bias=False)
-        self.down = nn.Linear(sizes.hidden, width, bias=False)
-        if sizes.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(dim))
-            self.k_norm = nn.Parameter(torch.ones(dim))
-
-    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value `[B, T, heads, D]`, rotated."""
-        sizes = self.sizes
-        normed = F.rms_norm(x, x.shape[-1:], self.attention_norm, sizes.eps)
-        heads = self.qkv(normed).unflatten(-1, (-1, sizes.head_dim))
-        query, key, value = heads.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), 2)
-        if sizes.qk_norm:
-            query = F.rms_norm(query, (sizes.head_dim,), self.q_norm, sizes.eps)
-            key = F.rms_norm(key, (sizes.head_dim,), self.k_norm, sizes.eps)
-        return _turn(query, *angles), _turn(key, *angles), value
-
-    def feed(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the stream after the layer's attention `[B, T, heads, D]` and its products."""
-        x = x + self.out(attended.flatten(2))
-        normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, self.sizes.eps)
-        gate, up = self.gate_up(normed).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
 
 
 class TokenLlama(nn.Module):
@@ -130,7 +67,7 @@ class TokenLlama(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
-        self.layers = nn.ModuleList(_Layer(sizes) for _ in range(sizes.layers))
+        self.layers = nn.ModuleList(LlamaLayer(sizes) for _ in range(sizes.layers))
         self.norm = nn.Parameter(torch.ones(sizes.width))
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
 
@@ -140,21 +77,34 @@ class TokenLlama(nn.Module):
         return self.sizes.vocabulary
 
     @property
+    def width(self) -> int:
+        """How wide a feature is."""
+        return self.sizes.width
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.norm.device
 
-    def new_cache(self, batch: int, slots: int) -> TokenCache:
-        """Return an empty cache for `batch` sequences; ValueError where positions end before."""
-        sizes, dtype, device = self.sizes, self.norm.dtype, self.device
-        table = (part.to(device, dtype) for part in self.angles(slots))
-        shape = (sizes.layers, batch, slots + 1, sizes.kv_heads, sizes.head_dim)
-        # zeros: what is masked must not be NaN times 0
-        tensors = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+    def new_cache(self, batch: int, slots: int, *, scratch: int = 0) -> TokenCache:
+        """Return an empty cache for `batch` sequences; ValueError where positions end before.
+
+        `scratch` slots more have no position of their own: for `feed_tree`, which says positions.
+        """
         leftpad = None
         if self.padding is not None:
-            leftpad = torch.zeros(batch, dtype=torch.int32, device=device)
-        return TokenCache(*tensors, *table, leftpad)
+            leftpad = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        return empty_cache(
+            self.sizes, batch, slots + scratch, self.angles(slots), self.norm, leftpad
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings `[..., width]` of ids."""
+        return self.embedding(ids)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits `[..., ids]` of features, as a pass returns them."""
+        return self.head(features)
 
     def angles(self, slots: int) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `[slots, 1, head_dim]` of the slots; ValueError beyond them."""
@@ -172,9 +122,13 @@ class TokenLlama(nn.Module):
         cache.v.zero_()
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, cache: TokenCache) -> None:
-        """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it."""
-        length, sees = ids.shape[1], None
+    def prefill(self, ids: Tensor, cache: TokenCache) -> Tensor:
+        """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it.
+
+        Returns: the features [B, L, width].
+        """
+        batch, length = ids.shape
+        sees = None
         if cache.leftpad is not None:
             cache.leftpad.copy_((ids == self.padding).sum(1))
             place = torch.arange(length, device=ids.device)
@@ -182,19 +136,13 @@ class TokenLlama(nn.Module):
             # what nobody sees sees itself: no row of weights is empty
             sees = (sees | torch.eye(length, dtype=torch.bool, device=ids.device))[:, None]
         if not length:
-            return
-        cos, sin = cache.cos[:length], cache.sin[:length]
-        x = self.embedding(ids)
-        for i, layer in enumerate(self.layers):
-            query, key, value = layer.project(x, (cos, sin))
-            cache.k[i, :, :length], cache.v[i, :, :length] = key, value
-            out = F.scaled_dot_product_attention(
-                *(part.transpose(1, 2) for part in (query, key, value)),
-                attn_mask=sees,
-                is_causal=sees is None,
-                enable_gqa=True,
-            )
-            x = layer.feed(x, out.transpose(1, 2))
+            return self.embed(ids)
+        place = torch.arange(length, device=ids.device).expand(batch, -1)
+        x = run_layers(
+            self.layers, self.embed(ids), (cache.cos[:length], cache.sin[:length]), cache, place,
+            length, partial(attend_causal, mask=sees),
+        )  # fmt: skip
+        return self._features(x)
 
     @torch.no_grad()
     def forward(
@@ -222,66 +170,67 @@ class TokenLlama(nn.Module):
 
         Cost: the weights and the visible cache once. Safe in a CUDA graph.
         """
-        batch = torch.arange(len(ids), device=ids.device)[:, None]
-        place = torch.where(slots < 0, cache.slots, slots).long()
-        cos, sin = (part[slots.clamp(min=0)] for part in (cache.cos, cache.sin))
-        seen = cache.slots if length is None else length
-        masked = ids.device.type == "cpu" if self.masked is None else self.masked
-        mask, leftpad = None, cache.leftpad
-        if masked and published:
-            mask = _published(slots, seen, leftpad)[:, None]
-        elif masked:
-            mask = diagonal_mask(slots, steps, grid, seen, cache_leftpad=leftpad)[:, None]
-        x = self.embedding(ids)
-        for i, layer in enumerate(self.layers):
-            query, key, value = layer.project(x, (cos, sin))
-            k_cache, v_cache = cache.k[i], cache.v[i]
-            k_cache.index_put_((batch, place), key)
-            v_cache.index_put_((batch, place), value)
-            k_cache, v_cache = k_cache[:, :seen], v_cache[:, :seen]
-            if masked:
-                out = _masked(query, k_cache, v_cache, mask)
-            else:
-                mode = "published" if published else "exact"
-                out = diagonal_attention(
+        seen, leftpad = cache.slots if length is None else length, cache.leftpad
+        if not self._masks(ids):
+            mode = "published" if published else "exact"
+
+            def attend(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+                return diagonal_attention(
                     query, k_cache, v_cache, slots, steps, grid, mode=mode, cache_leftpad=leftpad
                 )
-            x = layer.feed(x, out)
-        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.sizes.eps))
 
+        else:
+            if published:
+                mask = _published(slots, seen, leftpad)[:, None]
+            else:
+                mask = diagonal_mask(slots, steps, grid, seen, cache_leftpad=leftpad)[:, None]
+            attend = partial(attend_masked, mask=mask)
+        x = run_layers(
+            self.layers, self.embed(ids), cache.turns(slots), cache, cache.place(slots), seen,
+            attend,
+        )  # fmt: skip
+        return self.logits(self._features(x))
 
-def angles(sizes: LlamaSizes, slots: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines `[slots, 1, head_dim]` float32, for rotation by halves.
+    @torch.no_grad()
+    def feed_tree(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        mask: Tensor,
+        cache: TokenCache,
+        *,
+        length: int | None = None,
+    ) -> Tensor:
+        """Feed a pass of chains and trees and return its features.
 
-    With a `grid`, a third of the angles each turn by frame, row and column: `head_dim // 6` pairs
-    by row, as many by column, the others, first, by frame.
-    """
-    position = torch.arange(slots, dtype=torch.float32)
-    if sizes.grid is None:
-        turned = position[:, None] * frequencies(sizes.head_dim, sizes.theta)
-    else:
-        _, height, width = sizes.grid
-        spatial = sizes.head_dim // 6 * 2
-        axes = (
-            (position // (height * width), sizes.head_dim - 2 * spatial),
-            (position // width % height, spatial),
-            (position % width, spatial),
-        )
-        turned = torch.cat(
-            [place[:, None] * frequencies(dim, sizes.theta) for place, dim in axes], 1
-        )
-    both = torch.cat((turned, turned), 1)[:, None]
-    return both.cos(), both.sin()
+        Args:
+            ids: [B, T] int64.
+            slots: [B, T] int32, where K/V are written; -1 is padding.
+            positions: [B, T] int32, what queries and keys turn by; siblings share theirs.
+            lengths: [B] int32, the slots that all entries of a sequence see.
+            mask: [B, T, W] int32; bit j % 32 of word j // 32: the entry sees slot `lengths + j`
+                too. Without a bit it is padding.
+            cache: written at `slots`.
+            length: no slot from here on is seen; None: all may be.
 
+        Returns: [B, T, width], what `logits` takes; of padding, anything.
 
-def frequencies(dim: int, theta: float) -> Tensor:
-    """Return what the pairs of `dim` dims turn by for one position: [dim / 2] float32."""
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        Cost: the weights and the visible cache once. Safe in a CUDA graph.
+        """
+        seen = cache.slots if length is None else length
+        x = run_layers(
+            self.layers, self.embed(ids), cache.turns(positions), cache, cache.place(slots), seen,
+            attend_tree(lengths, mask, cache.leftpad, seen, self._masks(ids)),
+        )  # fmt: skip
+        return self._features(x)
 
+    def _features(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.sizes.eps)
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    def _masks(self, ids: Tensor) -> bool:
+        return ids.device.type == "cpu" if self.masked is None else self.masked
 
 
 def _published(slots: Tensor, size: int, leftpad: Tensor | None) -> Tensor:
@@ -291,36 +240,26 @@ def _published(slots: Tensor, size: int, leftpad: Tensor | None) -> Tensor:
     return sees if leftpad is None else sees & (every >= leftpad[:, None, None])
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Return attention `[B, T, H, D]` where `mask [B, 1, T, S]`; heads that share keys are rows."""
-    batch, rows, heads, dim = query.shape
-    shared = heads // key.shape[2]
-    # [B, Hk, shared * T, D]
-    grouped = query.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        grouped, key.transpose(1, 2), value.transpose(1, 2), mask.repeat(1, 1, shared, 1)
-    )
-    out = out.unflatten(2, (shared, rows)).permute(0, 3, 1, 2, 4)
-    return out.reshape(batch, rows, heads, dim)
-
-
 def from_transformers(model: LlamaForCausalLM) -> TokenLlama:
     """Return the same model over a static cache, its weights copied.
 
     Raises ValueError for what it has that this one has not: biases, rotary angles that are scaled.
     """
-    config = model.config
+    made = load_checkpoint(model.state_dict(), read_sizes(model.config))
+    return made.to(model.device)
+
+
+def read_sizes(config: LlamaConfig) -> LlamaSizes:
+    """Return the sizes of a model of transformers; ValueError for rotary angles that are scaled."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"tokens: rope_type must be 'default', got {kind!r}")
-    sizes = LlamaSizes(
+    return LlamaSizes(
         config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.intermediate_size, config.vocab_size,
         config.rms_norm_eps, float(rope["rope_theta"]),
     )  # fmt: skip
-    made = load_checkpoint(model.state_dict(), sizes)
-    return made.to(model.device)
 
 
 def load_checkpoint(state: Mapping[str, Tensor], sizes: LlamaSizes) -> TokenLlama:

@@ -34,7 +34,7 @@ class TokenModel(Protocol):
         """Write zeros over all K/V, as in a new cache."""
         ...
 
-    def prefill(self, ids: Tensor, cache: object) -> None:
+    def prefill(self, ids: Tensor, cache: object) -> object:
         """Write the K/V of `ids [B, L]` to slots 0 to L - 1, each token seeing those before it."""
         ...
 

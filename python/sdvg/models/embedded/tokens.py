@@ -10,6 +10,7 @@ unconditional one, for guidance. Made by ``python -m sdvg.train.tokens``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from sdvg.models.checkpoints import read_tensors
+from sdvg.models.drafter import EagleDrafter
 from sdvg.models.embedded import WEIGHTS, _check, _exists
 from sdvg.models.embedded.prompts import DIRECTIONS, SPEEDS
 from sdvg.models.embedded.text import LENGTH, tokens
+from sdvg.models.llama import LlamaSizes
+from sdvg.models.tokens import fit, read_sizes
 
 if TYPE_CHECKING:
     from diffusers import VQModel
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "tokens"
 UPDATE = Path("diagonal") / "update.safetensors"
+DRAFTER = Path("drafter") / "model.safetensors"
 PROMPT = LENGTH  # tokens, fixed; shorter prompts are padded
 HEIGHT, WIDTH = 16, 16  # tokens of a frame
 CELL = 2  # pixels, height and width of a token
@@ -182,6 +187,42 @@ def merge(model: LlamaForCausalLM, path: Path) -> None:
                     f"{list(down.shape)} for {list(weight.shape)} ({layer})"
                 )
             weight += up @ down
+
+
+def load_drafter(
+    folder: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> EagleDrafter:
+    """The feature-level drafter in ``folder`` (default: the shipped one), for `load`'s Llama there.
+
+    Made by ``python -m sdvg.train.drafter``.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: the file is missing, cut short, or not such a model's; the sentence names it.
+    """
+    folder = Path(folder) if folder is not None else FOLDER
+    try:
+        from transformers import LlamaConfig
+    except ImportError as error:
+        raise ImportError(
+            "tokens: the drafter needs transformers: pip install 'sdvg[diffusers]'"
+        ) from error
+    _exists(folder / "model" / "config.json")
+    sizes = drafter_sizes(read_sizes(LlamaConfig.from_pretrained(folder / "model")))
+    tensors = read_tensors(folder / DRAFTER, "tokens")
+    try:
+        drafter = fit(EagleDrafter(sizes), tensors)
+    except ValueError as error:
+        raise ValueError(f"{error} ({folder / DRAFTER})") from None
+    return drafter.to(device, dtype)
+
+
+def drafter_sizes(target: LlamaSizes) -> LlamaSizes:
+    """The sizes of a target's drafter: those of one of its layers."""
+    return replace(target, layers=1)
 
 
 def load_vq(folder: Path) -> VQModel:

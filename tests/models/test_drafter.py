@@ -1,0 +1,223 @@
+"""Trees through a target and its drafter are what each of their paths is alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdvg.models.drafter import EagleDrafter
+from sdvg.models.llama import LlamaSizes, TokenCache
+from sdvg.models.llamagen import LlamaGen
+from sdvg.models.tokens import TokenLlama
+
+SIZES = LlamaSizes(2, 48, 6, 2, 12, 40, 23)
+# of 2 sequences, nodes by level: 0 -> 1 2, 1 -> 3 4, 2 -> 5, 4 -> 6; and one with padding
+PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 2, 4], [-1, 0, 1, 1, 2, -1, -1]], dtype=torch.int32)
+NODES = 7
+
+
+def _models(width: int = 48) -> tuple[TokenLlama, EagleDrafter]:
+    torch.manual_seed(0)
+    target = TokenLlama(SIZES).double().eval()
+    drafter = EagleDrafter(LlamaSizes(1, width, 6, 2, 12, 40, 23)).double().eval()
+    for weight in (*target.parameters(), *drafter.parameters()):
+        weight.requires_grad_(False)
+        # norms and biases that count
+        if weight.ndim == 1:
+            weight.uniform_(0.5, 1.5)
+    return target, drafter
+
+
+def _tree() -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens [2, N], depths [2, N] (-1: padding) and mask [2, N, 1] of `PARENTS`."""
+    torch.manual_seed(1)
+    tokens = torch.randint(23, (2, NODES))
+    depths, mask = torch.full((2, NODES), -1), torch.zeros(2, NODES, 1, dtype=torch.int32)
+    for b in range(2):
+        for n in range(NODES):
+            parent = int(PARENTS[b, n])
+            if n and parent < 0:
+                continue
+            depths[b, n] = depths[b, parent] + 1 if n else 0
+            mask[b, n] = (mask[b, parent] if n else 0) | 1 << n
+    return tokens, depths.int(), mask
+
+
+def _path(b: int, node: int) -> list[int]:
+    path = [node]
+    while PARENTS[b, path[0]] >= 0:
+        path.insert(0, int(PARENTS[b, path[0]]))
+    return path
+
+
+def _whole(target: TokenLlama, ids: Tensor, leftpad: Tensor | None = None) -> Tensor:
+    """Return the features of ids [B, L] in one causal pass."""
+    return target.prefill(ids, target.new_cache(len(ids), ids.shape[1]))
+
+
+@pytest.mark.parametrize("masked", [None, False], ids=["pytorch", "op"])
+def test_a_trees_node_is_its_own_path_alone(masked: bool | None) -> None:
+    target, _ = _models()
+    target.masked = masked
+    given = torch.randint(23, (2, 9))
+    lengths = torch.tensor([9, 5], dtype=torch.int32)
+    cache = target.new_cache(2, 13, scratch=NODES)
+    target.prefill(given, cache)
+    tokens, depths, mask = _tree()
+    slots = torch.where(depths < 0, -1, lengths[:, None] + torch.arange(NODES)).int()
+    out = target.feed_tree(
+        tokens, slots, (lengths[:, None] + depths).int(), lengths, mask, cache,
+        length=9 + NODES,
+    )  # fmt: skip
+    for b in range(2):
+        for n in range(NODES):
+            if depths[b, n] >= 0:
+                ids = torch.cat((given[b, : lengths[b]], tokens[b, _path(b, n)]))[None]
+                torch.testing.assert_close(out[b, n], _whole(target, ids)[0, -1])
+
+
+def test_slots_that_nobody_sees_may_be_nan() -> None:
+    target, _ = _models()
+    target.masked = False
+    tokens, depths, mask = _tree()
+    lengths = torch.tensor([6, 6], dtype=torch.int32)
+    slots = torch.where(depths < 0, -1, lengths[:, None] + torch.arange(NODES)).int()
+    made = []
+    for poison in (0.0, torch.nan):
+        cache = target.new_cache(2, 10, scratch=NODES)
+        cache.k[:, :, 6:], cache.v[:, :, 6:] = poison, poison
+        target.prefill(torch.arange(12).view(2, 6), cache)
+        made.append(target.feed_tree(tokens, slots, 6 + depths, lengths, mask, cache))
+    alive = depths >= 0
+    assert torch.equal(made[0][alive], made[1][alive])
+
+
+def test_a_chain_and_its_whole_sequence_are_one() -> None:
+    target, _ = _models()
+    ids = torch.randint(23, (2, 14))
+    whole = _whole(target, ids)
+    cache = target.new_cache(2, 14)
+    features = target.prefill(ids[:, :4], cache)
+    torch.testing.assert_close(features, whole[:, :4])
+    slots = torch.arange(4, 14, dtype=torch.int32).expand(2, -1)
+    mask = torch.tensor([(2 << i) - 1 for i in range(10)], dtype=torch.int32)
+    mask = mask[:, None].expand(2, -1, -1)
+    lengths = torch.tensor([4, 4], dtype=torch.int32)
+    out = target.feed_tree(ids[:, 4:], slots, slots, lengths, mask, cache)
+    torch.testing.assert_close(out, whole[:, 4:])
+    torch.testing.assert_close(target.logits(out), target.head(out))
+
+
+def test_words_behind_the_first_have_bits_of_their_own() -> None:
+    target, _ = _models()
+    ids = torch.randint(23, (1, 4))
+    cache = target.new_cache(1, 4, scratch=40)
+    target.prefill(ids[:, :2], cache)
+    lengths = torch.tensor([2], dtype=torch.int32)
+    # the chain's entry in word 0's last bit, the root of the tree behind it
+    slots = torch.tensor([[2 + 31, 2 + 32]], dtype=torch.int32)
+    positions = torch.tensor([[2, 3]], dtype=torch.int32)
+    mask = torch.tensor([[[-(1 << 31), 0], [-(1 << 31), 1]]], dtype=torch.int32)
+    out = target.feed_tree(ids[:, 2:], slots, positions, lengths, mask, cache)
+    torch.testing.assert_close(out, _whole(target, ids)[:, 2:])
+
+
+def _start(
+    target: TokenLlama, drafter: EagleDrafter, ids: Tensor, slots: int, scratch: int
+) -> tuple[Tensor, Tensor, TokenCache]:
+    """Return the target's features of `ids`, the drafter's of all but the first, and its cache."""
+    features = _whole(target, ids)
+    cache = drafter.new_cache(target, len(ids), slots, scratch=scratch)
+    count = ids.shape[1] - 1
+    place = torch.arange(1, count + 1, dtype=torch.int32).expand(len(ids), -1)
+    mask = torch.tensor([(2 << i) - 1 for i in range(count)], dtype=torch.int32)
+    made = drafter.feed(
+        drafter.embed(ids[:, 1:], target), features[:, :-1], place, place,
+        torch.ones(len(ids), dtype=torch.int32), mask[:, None].expand(len(ids), -1, -1), cache,
+    )  # fmt: skip
+    return features, made, cache
+
+
+def test_a_fed_chain_is_the_training_forward() -> None:
+    target, drafter = _models()
+    ids = torch.randint(23, (2, 11))
+    features, made, _ = _start(target, drafter, ids, 11, 0)
+    turned = tuple(part[1:] for part in target.angles(11))
+    whole = drafter(target.embed(ids[:, 1:]), features[:, :-1], turned)
+    torch.testing.assert_close(made, whole)
+
+
+@pytest.mark.parametrize("masked", [None, False], ids=["pytorch", "op"])
+def test_a_draft_goes_on_from_its_own_features(masked: bool | None) -> None:
+    target, drafter = _models()
+    drafter.masked = masked
+    ids = torch.randint(23, (2, 6))
+    features, made, cache = _start(target, drafter, ids, 9, 4)
+    # two siblings behind the newest token, and a child of the second, at one slot each
+    tokens = torch.randint(23, (2, 3))
+    lengths = torch.tensor([6, 6], dtype=torch.int32)
+    first = made[:, -1:].expand(-1, 2, -1)
+
+    def feed(at: list[int], given: Tensor, depth: int, bits: list[int]) -> Tensor:
+        place = 6 + torch.tensor(at, dtype=torch.int32).expand(2, -1)
+        sees = torch.tensor(bits, dtype=torch.int32)[:, None].expand(2, -1, -1)
+        return drafter.feed(
+            drafter.embed(tokens[:, at], target), given, place, torch.full_like(place, 6 + depth),
+            lengths, sees, cache,
+        )  # fmt: skip
+
+    siblings = feed([0, 1], first, 0, [0b1, 0b10])
+    child = feed([2], siblings[:, 1:], 1, [0b110])
+    for path, out in (([0], siblings[:, :1]), ([1], siblings[:, 1:]), ([1, 2], child)):
+        fed = torch.cat((ids[:, 1:], tokens[:, path]), 1)
+        own = torch.cat((features[:, :-1], made[:, -1:], siblings[:, 1:]), 1)[:, : fed.shape[1]]
+        turned = tuple(part[1:] for part in target.angles(fed.shape[1] + 1))
+        whole = drafter(target.embed(fed), own, turned)
+        torch.testing.assert_close(out[:, 0], whole[:, -1])
+
+
+def test_slot_0_is_never_used() -> None:
+    target, drafter = _models()
+    cache = drafter.new_cache(target, 2, 5)
+    assert cache.leftpad.tolist() == [1, 1]
+    cache.k[:, :, 0], cache.v[:, :, 0] = 5.0, 5.0
+    ids = torch.randint(23, (2, 4))
+    features = _whole(target, ids)
+    place = torch.arange(1, 4, dtype=torch.int32).expand(2, -1)
+    lengths = torch.ones(2, dtype=torch.int32)
+    mask = torch.tensor([1, 3, 7], dtype=torch.int32)[:, None].expand(2, -1, -1)
+    made = drafter.feed(
+        drafter.embed(ids[:, 1:], target), features[:, :-1], place, place, lengths, mask, cache
+    )
+    turned = tuple(part[1:] for part in target.angles(4))
+    torch.testing.assert_close(made, drafter(target.embed(ids[:, 1:]), features[:, :-1], turned))
+
+
+def test_scratch_slots_have_no_positions_of_their_own() -> None:
+    target = LlamaGen(LlamaSizes(1, 48, 4, 4, 12, 40, 23), 2, classes=3).double()
+    with pytest.raises(ValueError, match="slots must be at most 5"):
+        target.new_cache(1, 6)
+    cache = target.new_cache(1, 5, scratch=3)
+    assert cache.slots == 8
+    assert len(cache.cos) == 5
+    ids = torch.tensor([[1, 2]])
+    slots, lengths = torch.tensor([[5, 7]]).int(), torch.zeros(1).int()
+    mask = torch.tensor([[[1 << 5], [1 << 7]]], dtype=torch.int32)
+    # one beyond the last has the last's
+    out = [
+        target.feed_tree(ids, slots, torch.tensor([at]).int(), lengths, mask, cache)
+        for at in ([4, 4], [4, 9])
+    ]
+    assert torch.equal(*out)
+    assert out[0].shape == (1, 2, 48)
+
+
+def test_a_target_of_another_width_is_refused() -> None:
+    target, _ = _models()
+    drafter = EagleDrafter(LlamaSizes(1, 36, 3, 3, 12, 40, 23))
+    with pytest.raises(ValueError, match="drafter: target must have features of 36, got 48"):
+        drafter.new_cache(target, 1, 4)
+    drafter = EagleDrafter(LlamaSizes(1, 48, 3, 3, 16, 40, 23))
+    with pytest.raises(ValueError, match="drafter: target must have heads of 16, got 12"):
+        drafter.new_cache(target, 1, 4)
