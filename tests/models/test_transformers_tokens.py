@@ -305,6 +305,41 @@ def test_only_the_codes_rows_of_the_head_are_read() -> None:
     torch.testing.assert_close(tokens.logits(hidden), whole)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("make", [janus, emu3, chameleon])
+def test_a_tree_behind_a_chain_is_each_path_in_the_models_own_pass(
+    make: Callable[..., transformers.PreTrainedModel], masked: bool
+) -> None:
+    tokens = token_model(make(), masked=masked)
+    prompts = tokens.prompts(IDS, SEEN)
+    # a chain of 2, then a tree: 0 -> 1 2, 2 -> 3; the last entry is padding
+    codes = torch.randint(tokens.codes, (2, 6), generator=torch.Generator().manual_seed(3))
+    paths = ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5])
+    cache = tokens.new_cache(2, 11, scratch=40)
+    features = tokens.prefill(prompts, cache)
+    at = torch.tensor([0, 1, 32, 33, 34, 35])
+    # the tree lies in the second word
+    words = [[sum(1 << int(at[i]) % 32 for i in path if at[i] // 32 == w) for w in (0, 1)]
+             for path in paths]  # fmt: skip
+    mask = torch.tensor([*words, [0, 0]], dtype=torch.int32).expand(2, -1, -1)
+    slots = torch.cat((6 + at, torch.tensor([-1]))).int().expand(2, -1)
+    positions = torch.tensor([5 + len(path) for path in paths] + [0]).int().expand(2, -1)
+    lengths = torch.tensor([6, 6], dtype=torch.int32)
+    ids = torch.cat((codes, torch.zeros(2, 1, dtype=torch.int64)), 1)
+    out = tokens.feed_tree(ids, slots, positions, lengths, mask, cache, length=6 + 36)
+    assert out.shape == (2, 7, tokens.width)
+    for b in range(2):
+        own = prompts[b][prompts[b] != tokens.padding]
+        for entry, path in enumerate(paths):
+            whole = torch.cat((own, codes[b, path]))[None]
+            with torch.no_grad():
+                hidden = tokens.decoder(inputs_embeds=tokens.embed(whole)).last_hidden_state[0]
+            torch.testing.assert_close(out[b, entry], hidden[-1])
+            given = features[b, 6 - len(own) :]
+            torch.testing.assert_close(given, hidden[: len(own)])
+    assert tokens.logits(out).shape == (2, 7, tokens.codes)
+
+
 def test_two_frames_with_a_token_between_them() -> None:
     # as Emu3 puts the end of a frame between two
     tokens = token_model(emu3())

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
+from sdvg.models.llama import tree_mask
 from sdvg.tokens.diagonal import Layout
-from sdvg_kernels import TokenGrid, diagonal_attention, diagonal_mask
+from sdvg_kernels import TokenGrid, diagonal_attention, diagonal_mask, tree_attention
 
-ATTENTION = "sdvg_diagonal"
+ATTENTION = "sdvg_slots"
 # those that take a 4-D mask
 _MASKABLE = ("sdpa", "eager")
 _HEAD_DIMS = (64, 100, 128)
 
 
-class _Entries(NamedTuple):
-    """What `diagonal_attention` asks about the entries of a pass."""
+class _Attend(Protocol):
+    """One of our ops, which knows by itself what the entries of a pass see."""
 
-    slots: Tensor
-    steps: Tensor
-    grid: TokenGrid
-    mode: str
-    leftpad: Tensor
+    def __call__(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, /, *, softmax_scale: float | None
+    ) -> Tensor:
+        """Return attention [B, T, H, D] of query [B, T, H, D] to K and V [B, S, Hk, D]."""
+        ...
 
 
 class SlotCache(Cache):
@@ -52,6 +54,10 @@ class SlotCache(Cache):
     def aim(self, place: Tensor, seen: int) -> None:
         """Write what comes next to `place [B, T]`, and show the first `seen` slots."""
         self._place, self._seen = place, seen
+
+    def place(self, slots: Tensor) -> Tensor:
+        """Return where K/V go that belong to `slots`: int64, the last slot for -1, padding."""
+        return torch.where(slots < 0, self.slots, slots).long()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
@@ -108,6 +114,11 @@ class TransformersTokens:
         self.masked = not fits if masked is None else masked
         if not self.masked:
             AttentionInterface.register(ATTENTION, _attention)
+
+    @property
+    def width(self) -> int:
+        """How wide a feature is, a hidden state behind the last norm."""
+        return self.decoder.config.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -213,8 +224,11 @@ class TransformersTokens:
         """Return the logits [B, T, codes] of hidden states [B, T, width]."""
         raise NotImplementedError
 
-    def new_cache(self, batch: int, slots: int) -> SlotCache:
-        """Return an empty cache for `batch` sequences; ValueError where positions end before."""
+    def new_cache(self, batch: int, slots: int, *, scratch: int = 0) -> SlotCache:
+        """Return an empty cache for `batch` sequences; ValueError where positions end before.
+
+        `scratch` slots more have no position of their own: for `feed_tree`, which says positions.
+        """
         config = self.decoder.config
         most = config.max_position_embeddings
         if slots > most:
@@ -223,7 +237,7 @@ class TransformersTokens:
                 f"{slots}; take a smaller grid or a shorter prompt"
             )
         heads = config.num_key_value_heads or config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, slots + 1, heads, self._head_dim)
+        shape = (config.num_hidden_layers, batch, slots + scratch + 1, heads, self._head_dim)
         # zeros: what is masked must not be NaN times 0
         k, v = (torch.zeros(shape, dtype=self.decoder.dtype, device=self.device) for _ in range(2))
         return SlotCache(k, v)
@@ -234,17 +248,21 @@ class TransformersTokens:
         cache.v.zero_()
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, cache: SlotCache) -> None:
-        """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it."""
+    def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
+        """Write the K/V of `ids [B, L]` to the first slots; each token sees those before it.
+
+        Returns: the features [B, L, width].
+        """
         batch, length = ids.shape
         cache.leftpad.copy_((ids == self.padding).sum(1))
         if not length:
-            return
+            return self.embed(ids)
         place = torch.arange(length, device=ids.device)
         # padding sees itself, and nobody sees it
         sees = (place <= place[:, None]) & (place >= cache.leftpad[:, None, None])
         sees = sees | torch.eye(length, dtype=torch.bool, device=ids.device)
-        self._run(ids, place.expand(batch, -1), cache, length, _additive(sees, self.decoder.dtype))
+        place = place.expand(batch, -1)
+        return self._run(ids, place, place, cache, length, _additive(sees, self.decoder.dtype))
 
     @torch.no_grad()
     def forward(
@@ -272,12 +290,14 @@ class TransformersTokens:
 
         Cost: the weights and the visible cache once. Safe in a CUDA graph.
         """
-        place = torch.where(slots < 0, cache.slots, slots).long()
         seen = cache.slots if length is None else length
+        run = partial(self._run, ids, cache.place(slots), slots, cache, seen)
         if not self.masked:
-            mode = "published" if published else "exact"
-            entries = _Entries(slots, steps, grid, mode, cache.leftpad)
-            return self.logits(self._run(ids, place, cache, seen, None, entries))
+            attend = partial(
+                diagonal_attention, slots=slots, steps=steps, grid=grid,
+                mode="published" if published else "exact", cache_leftpad=cache.leftpad,
+            )  # fmt: skip
+            return self.logits(run(None, attend))
         dtype = self.decoder.dtype
         if published:
             every = torch.arange(seen, device=slots.device)
@@ -285,36 +305,74 @@ class TransformersTokens:
             mask = _additive(sees, dtype)
         else:
             mask = diagonal_mask(slots, steps, grid, seen, cache_leftpad=cache.leftpad, dtype=dtype)
-        return self.logits(self._run(ids, place, cache, seen, mask))
+        return self.logits(run(mask))
+
+    @torch.no_grad()
+    def feed_tree(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        mask: Tensor,
+        cache: SlotCache,
+        *,
+        length: int | None = None,
+    ) -> Tensor:
+        """Feed a pass of chains and trees and return its features, as `TokenLlama.feed_tree` does.
+
+        Args:
+            ids: [B, T] int64, the loop's.
+            slots: [B, T] int32, where K/V are written; -1 is padding.
+            positions: [B, T] int32, as if each token stood in the slot of that number; siblings
+                share theirs.
+            lengths, mask: as for `sdvg_kernels.tree_attention`.
+            cache: written at `slots`.
+            length: no slot from here on is seen; None: all may be.
+
+        Returns: [B, T, width], what `logits` takes; of padding, anything.
+
+        Cost: the weights and the visible cache once. Safe in a CUDA graph.
+        """
+        seen = cache.slots if length is None else length
+        run = partial(self._run, ids, cache.place(slots), positions, cache, seen)
+        if not self.masked:
+            attend = partial(
+                tree_attention, lengths=lengths, mask=mask, cache_leftpad=cache.leftpad
+            )
+            return run(None, attend)
+        return run(_additive(tree_mask(lengths, mask, cache.leftpad, seen), self.decoder.dtype))
 
     def _run(
         self,
         ids: Tensor,
         place: Tensor,
+        positions: Tensor,
         cache: SlotCache,
         seen: int,
         mask: Tensor | None,
-        entries: _Entries | None = None,
+        attend: _Attend | None = None,
     ) -> Tensor:
         """Return the hidden states [B, T, width] of `ids`, fed to `place`."""
         cache.aim(place, seen)
-        with self._attending(entries):
+        # a prompt's own first token has position 0
+        positions = (positions - cache.leftpad[:, None]).long()
+        with self._attending(attend):
             out = self.decoder(
                 inputs_embeds=self.embed(ids),
                 attention_mask=None if mask is None else mask[:, None],
-                # a prompt's own first token has position 0
-                position_ids=(place - cache.leftpad[:, None]).clamp(min=0),
+                position_ids=positions.clamp(0, self.decoder.config.max_position_embeddings - 1),
                 past_key_values=cache,
                 use_cache=True,
-                **({} if entries is None else {"sdvg_entries": entries}),
+                **({} if attend is None else {"sdvg_attend": attend}),
             )
         return out.last_hidden_state
 
     @contextlib.contextmanager
-    def _attending(self, entries: _Entries | None) -> Iterator[None]:
-        """Attend by our op where there are entries, and leave the model as it was."""
+    def _attending(self, attend: _Attend | None) -> Iterator[None]:
+        """Attend by our op where there is one, and leave the model as it was."""
         before = self.decoder.config._attn_implementation
-        if entries is None:
+        if attend is None:
             if before not in _MASKABLE:
                 raise ValueError(
                     f"token_model: attn_implementation must be 'sdpa' or 'eager', got {before!r}, "
@@ -361,24 +419,13 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    sdvg_entries: _Entries,
+    sdvg_attend: _Attend,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attend by our op: transformers' interface, out [B, T, H, D]."""
-    slots, steps, grid, mode, leftpad = sdvg_entries
-    out = diagonal_attention(
-        # [B, H, T, D] -> [B, T, H, D]
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        slots,
-        steps,
-        grid,
-        mode=mode,
-        cache_leftpad=leftpad,
-        softmax_scale=scaling,
-    )
-    return out, None
+    # [B, H, T, D] -> [B, T, H, D]
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    return sdvg_attend(*parts, softmax_scale=scaling), None
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:

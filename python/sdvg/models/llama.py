@@ -165,7 +165,7 @@ def attend_tree(
 ) -> Attend:
     """Return the attention of `feed_tree`'s entries: by our op, or `masked` by PyTorch's."""
     if masked:
-        return partial(attend_masked, mask=_tree_mask(lengths, mask, leftpad, seen)[:, None])
+        return partial(attend_masked, mask=tree_mask(lengths, mask, leftpad, seen)[:, None])
     return lambda query, k_cache, v_cache: tree_attention(
         query, k_cache, v_cache, lengths, mask, cache_leftpad=leftpad
     )
@@ -215,7 +215,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def _tree_mask(lengths: Tensor, mask: Tensor, leftpad: Tensor | None, size: int) -> Tensor:
+def tree_mask(lengths: Tensor, mask: Tensor, leftpad: Tensor | None, size: int) -> Tensor:
     """Return which of `size` slots the entries of `feed_tree` see: bool [B, T, size]."""
     every = torch.arange(size, device=mask.device)
     # [B, size]: which bit a slot has
