@@ -26,10 +26,11 @@ from sdvg.console import (
     warn_of_prompts,
 )
 from sdvg.sweep import digest
-from sdvg.token_sweep import QUICK, WIDTHS, Line, lines, write
+from sdvg.token_sweep import QUICK, WIDTHS, Line, lines, require_plots, write
 from sdvg.token_sweep import sweep as run_sweep
 from sdvg.tokens import Sampling
 from sdvg.tokens.diagonal import MODES
+from sdvg.tokens.embedded import JACOBI
 from sdvg.video import Aside, VideoWriter, save_strip
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from sdvg.models.tokens import TokenLlama
     from sdvg.tokens.embedded import EmbeddedVideos, Shown
 
+# what a table has, and what it may have beside that
 ORDERS = (*(mode for mode in MODES if mode != "raster"), "scd")
+KNOWN = tuple(dict.fromkeys((*ORDERS, *JACOBI)))
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -46,7 +49,9 @@ def generate(args: argparse.Namespace) -> int:
     from sdvg.tokens.embedded import EmbeddedVideos
 
     paths = output_paths(args.out, len(args.prompt))
-    k = 2 if args.k is None and args.mode != "raster" else args.k
+    # raster order has the width's, and a window a default of its own
+    free = args.k is not None or args.mode in ("raster", *JACOBI)
+    how = _how(args, args.mode, args.k if free else 2)
     actions = _actions(args.action, args.frames).expand(len(args.prompt), -1)
     with Aside() as aside, Interrupts() as interrupts:
         files = [
@@ -55,7 +60,7 @@ def generate(args: argparse.Namespace) -> int:
         ]
         models = _load(args, tuned=args.tuned)
         warn_of_prompts(embedded.WEIGHTS, args.prompt)
-        videos = EmbeddedVideos(models, **_how(args, args.mode, k))
+        videos = EmbeddedVideos(models, **how)
         writers = [VideoWriter(kinds["mp4"], fps=args.fps) for kinds in files]
         shown: list[Shown] = []
         interrupted, began = False, time.perf_counter()
@@ -117,25 +122,31 @@ def sweep(args: argparse.Namespace) -> int:
     widths = args.k or (QUICK if args.quick else WIDTHS)
     weights = {"no": (False,), "yes": (True,), "both": (False, True)}[args.tuned]
     table = lines(args.modes, widths, weights, tokens.WIDTH)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: {args.out} cannot be made: {error.strerror.lower()}") from error
+    if not set(args.modes) - set(JACOBI):
+        # windows are the table's own
+        for name, value in (("k", args.k), ("row_start", args.row_start)):
+            if value is not None:
+                raise ValueError(f"{name}: must be left out for {args.modes[0]}, got {value}")
+    sampling = _sampling(args)
+    require_plots()
     loaded: dict[bool, tuple[VideoTokens, TokenLlama]] = {}
     for tuned in {line.tuned for line in table}:
         models = _load(args, tuned=tuned)
         loaded[tuned] = models, from_transformers(models.model)
 
     def videos(line: Line) -> EmbeddedVideos:
-        return EmbeddedVideos(*loaded[line.tuned], **_how(args, line.mode, line.k))
+        how = {} if line.mode in JACOBI or not args.row_start else {"row_start": args.row_start}
+        return EmbeddedVideos(
+            *loaded[line.tuned], mode=line.mode, k=line.k, sampling=sampling, **how
+        )
 
-    # k that cannot be is refused before minutes of work
+    # k that cannot be is refused before anything is made
     for line in table:
         videos(line)
     device = loaded[False][0].model.device
     settings: Mapping[str, object] = {
-        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(_sampling(args)),
-        "dtype": args.dtype, "row start": args.row_start, "torch": torch.__version__,
+        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(sampling),
+        "dtype": args.dtype, "row start": args.row_start or "newest", "torch": torch.__version__,
         "machine": env.gpu() if device.type == "cuda" else env.processor(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -167,8 +178,8 @@ def add_commands(
     add = shared.add_argument
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    add("--row-start", choices=("newest", "above"), default="newest",
-        help="what stands in for the end of the row above while that is not there")  # fmt: skip
+    add("--row-start", choices=("newest", "above"),
+        help="what stands in for a row's end that is not there yet, default newest")  # fmt: skip
     add("--temperature", type=float, default=0.9, help="0 takes the likeliest token")
     add("--top-k", type=int)
     add("--top-p", type=float, default=1.0)
@@ -183,8 +194,9 @@ def add_commands(
     add(
         "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
     )
-    add("--mode", default="spatial", help=f"one of {', '.join(MODES)} or scd")
-    add("--k", type=int, help="tokens that a row is behind the last; scd: the window; default 2")
+    add("--mode", default="spatial", help=f"one of {', '.join((*MODES, *JACOBI))}")
+    add("--k", type=int,
+        help="tokens a row is behind the last, default 2; scd and sjd: window, 16")  # fmt: skip
     add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
     add("--frames", type=int, default=8)
     add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
@@ -197,8 +209,9 @@ def add_commands(
     new = inner.add_parser("sweep", parents=[common, shared], help="mode and k: passes and quality")
     add = new.add_argument
     add("--out", type=Path, default=Path("tokens-sweep"), metavar="FOLDER")
-    add("--modes", nargs="+", choices=ORDERS, default=ORDERS, metavar="MODE")
-    add("--k", type=int, nargs="+")
+    add("--modes", nargs="+", choices=KNOWN, default=ORDERS, metavar="MODE",
+        help=f"of {', '.join(KNOWN)}; default: all but sjd")  # fmt: skip
+    add("--k", type=int, nargs="+", help="of the diagonal orders")
     add("--tuned", choices=("no", "yes", "both"), default="both", help="which weights")
     add("--prompts", type=int, help="default 40; with --quick 2")
     add("--frames", type=int, help="default 8; with --quick 2")
@@ -208,15 +221,14 @@ def add_commands(
 
 def _how(args: argparse.Namespace, mode: str, k: int | None) -> dict[str, object]:
     """Return what `EmbeddedVideos` takes for a mode."""
-    how: dict[str, object] = {"mode": mode, "k": k, "sampling": _sampling(args)}
-    # a table has no context: its videos fit
-    slide = {name: getattr(args, name, None) for name in ("context", "keep")}
-    slide = {name: value for name, value in slide.items() if value is not None}
-    if mode != "scd":
-        return how | slide | {"row_start": args.row_start}
-    for name, value in slide.items():
-        raise ValueError(f"{name}: must be left out for scd, got {value}")
-    return how
+    own = {name: getattr(args, name) for name in ("context", "keep", "row_start")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if mode in JACOBI:
+        for name, value in own.items():
+            raise ValueError(f"{name}: must be left out for {mode}, got {value}")
+    if "keep" in own and "context" not in own:
+        raise ValueError(f"keep: must come with context, got {args.keep}; nothing slides without")
+    return {"mode": mode, "k": k, "sampling": _sampling(args), **own}
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -235,6 +247,8 @@ def _actions(given: Sequence[str], frames: int) -> Tensor:
     from sdvg.models.embedded.tokens import ACTIONS
 
     actions = torch.zeros(1, max(0, frames - 1), dtype=torch.int64)
+    if given and frames < 2:
+        raise ValueError(f"action: must be left out where no second frame is, got {given[0]!r}")
     for text in given:
         place, _, action = text.partition("=")
         way = tuple(part.strip() for part in action.split(","))

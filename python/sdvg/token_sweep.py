@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdvg.sweep import Judged, fill, prompts, resamples
-from sdvg.tokens.embedded import Shown
+from sdvg.tokens.embedded import JACOBI, Shown
 from sdvg.video import pixels
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ COLUMNS = (
 )  # fmt: skip
 WIDTHS = (1, 2, 4, 8)
 QUICK = (1, 4)
-# of speculative coupled decoding
+# of Jacobi decoding
 WINDOWS = (16, 64, 256)
 # the first prompts, whose frames are kept for the picture
 PICTURED = 3
 
 
 class Line(NamedTuple):
-    """One line of the table; `k` is the width for raster order, the window for "scd"."""
+    """One line of the table; `k` is the width for raster order, the window for "scd" and "sjd"."""
 
     mode: str
     k: int
@@ -82,12 +82,11 @@ def lines(
 ) -> list[Line]:
     """Return the table's lines: raster order of the stock model, then each mode, k and weights.
 
-    "scd" has windows of its own, and loses nothing that weights could be tuned for.
+    "scd" and "sjd" have windows of their own, and lose nothing that weights could be tuned for.
     """
     made = [Line("raster", width)]
-    if "scd" in modes:
-        made += [Line("scd", window) for window in WINDOWS]
-    orders = [mode for mode in modes if mode != "scd"]
+    made += [Line(mode, window) for mode in modes if mode in JACOBI for window in WINDOWS]
+    orders = [mode for mode in modes if mode not in JACOBI]
     return made + [Line(mode, k, how) for how in tuned for mode in orders for k in widths]
 
 
@@ -108,16 +107,23 @@ def sweep(
     Args:
         videos: gives what makes a line's videos, once for each line.
         tokens: of a frame.
+        folder: made where it is not there, once all else is known to be right.
         settings: all that decides a result beside the line and the prompt: a folder begun with
             others is refused.
 
-    Raises ValueError for fewer than one prompt or a line twice, or a folder with other settings.
+    Raises ValueError for fewer than one prompt or frame, a line twice, or a folder that cannot be
+    made or has other settings.
     """
-    if count < 1:
-        raise ValueError(f"sweep: prompts must be at least 1, got {count}")
+    for name, value in (("prompts", count), ("frames", frames)):
+        if value < 1:
+            raise ValueError(f"sweep: {name} must be at least 1, got {value}")
     named = {line.key: line for line in lines}
     if len(named) < len(lines):
         raise ValueError(f"sweep: lines must differ, got {[line.key for line in lines]}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {folder} cannot be made: {error.strerror.lower()}") from error
     texts, makers = prompts(count), {}
 
     def make(n: int, key: str, length: int = frames) -> dict[str, object]:
@@ -212,7 +218,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     axes = figure.add_subplot()
     colours = {
         "raster": "#1c1c1c", "spatial": "#2e9e44", "spatiotemporal": "#2f6fb7",
-        "zipar": "#d3782c", "scd": "#8c3fb7",
+        "zipar": "#d3782c", "scd": "#8c3fb7", "sjd": "#b73f6b",
     }  # fmt: skip
     for mode, tuned in dict.fromkeys((row.line.mode, row.line.tuned) for row in rows):
         mine = [row for row in rows if (row.line.mode, row.line.tuned) == (mode, tuned)]
@@ -241,12 +247,17 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def require_plots() -> type[Figure]:
+    """Return matplotlib's figure; ImportError, in one sentence, where that is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("sweep: the plot needs matplotlib: pip install 'sdvg[plots]'") from error
-    return Figure(figsize=size, layout="constrained")
+    return Figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    return require_plots()(figsize=size, layout="constrained")
 
 
 def _keep(folder: Path, n: int, key: str, video: Tensor) -> None:

@@ -55,14 +55,17 @@ def _law(model: TokenLlama, prompt: Tensor, uncond: Tensor, action: int, how: Sa
     return chance
 
 
+@pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("window", [2, 3, 5])
 @pytest.mark.parametrize(
     "how", [Sampling(), Sampling(0.8, top_k=2, guidance=1.7), Sampling(top_p=0.8)]
 )
-def test_the_law_is_that_of_raster_order(window: int, how: Sampling, model: TokenLlama) -> None:
+def test_the_law_is_that_of_raster_order(
+    window: int, how: Sampling, coupled: bool, model: TokenLlama
+) -> None:
     count = 3000
     prompt, uncond = torch.tensor([[0, 5]]), torch.tensor([[1, 5]])
-    decoder = JacobiDecoder(model, LAYOUT, window=window, sampling=how)
+    decoder = JacobiDecoder(model, LAYOUT, window=window, sampling=how, coupled=coupled)
     run = decoder.generate(
         prompt.expand(count, -1),
         frames=2,
@@ -88,7 +91,8 @@ def test_the_law_is_that_of_raster_order(window: int, how: Sampling, model: Toke
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5, f"{statistic:.1f} of {freedom}"
 
 
-def test_greedy_is_raster_order_in_fewer_passes(model: TokenLlama) -> None:
+@pytest.mark.parametrize("coupled", [True, False])
+def test_greedy_is_raster_order_in_fewer_passes(coupled: bool, model: TokenLlama) -> None:
     layout = Layout(3, 4, 3, first=2, extra=1)
     prompts = torch.tensor([[0, 5], [1, 3], [4, 4]])
     actions = torch.tensor([[[1]], [[0]], [[5]]])
@@ -97,7 +101,7 @@ def test_greedy_is_raster_order_in_fewer_passes(model: TokenLlama) -> None:
         prompts, frames=2, actions=actions
     )
     list(expected)
-    run = JacobiDecoder(model, layout, window=6, sampling=greedy).generate(
+    run = JacobiDecoder(model, layout, window=6, sampling=greedy, coupled=coupled).generate(
         prompts, frames=2, actions=actions
     )
     frames = list(run)
@@ -108,10 +112,11 @@ def test_greedy_is_raster_order_in_fewer_passes(model: TokenLlama) -> None:
     assert sorted(row for frame in frames for row in frame.rows) == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_video_is_the_same_alone_and_in_a_batch(model: TokenLlama) -> None:
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_video_is_the_same_alone_and_in_a_batch(coupled: bool, model: TokenLlama) -> None:
     layout = Layout(3, 4, 3, first=2, extra=1)
     prompts, actions = torch.tensor([[0, 5], [1, 3]]), torch.tensor([[[1]], [[0]]])
-    decoder = JacobiDecoder(model, layout, window=4)
+    decoder = JacobiDecoder(model, layout, window=4, coupled=coupled)
     together = decoder.generate(prompts, frames=2, actions=actions, seed=3)
     list(together)
     for row in range(2):
@@ -123,18 +128,83 @@ def test_a_video_is_the_same_alone_and_in_a_batch(model: TokenLlama) -> None:
         assert torch.equal(alone.codes, together.codes[one])
 
 
+def _pass_of(
+    model: TokenLlama, chances: Tensor, label: Tensor, draft: Tensor, coupled: bool
+) -> Tensor:
+    """Return what one pass makes [N, W] of drafts [N, W - 1] drawn from `label`."""
+    count, window = len(draft), chances.shape[0]
+    decoder = JacobiDecoder(model, LAYOUT, window=window, coupled=coupled)
+    run = decoder.generate(
+        torch.zeros(count, 1).long(), frames=1, sequences=range(count), seed=window
+    )
+    run._draft, run._label = draft, label.expand(count, -1, -1)
+    places = torch.arange(window).expand(count, -1)
+    return run._couple(chances.expand(count, -1, -1), places)[0]
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_what_a_pass_draws_has_the_new_law_and_keeps_drafts_where_it_couples(
+    coupled: bool, model: TokenLlama
+) -> None:
+    count, window = 20000, 4
+    generator = torch.Generator().manual_seed(1)
+    chances, label = torch.rand(2, window, 3, generator=generator).add(0.1)
+    chances, label = chances / chances.sum(1, True), (label / label.sum(1, True))[: window - 1]
+    draft = torch.multinomial(label, count, replacement=True, generator=generator).T
+    drawn = _pass_of(model, chances.float(), label.float(), draft, coupled)
+    found = torch.nn.functional.one_hot(drawn, 3).double().mean(0)
+    # five standard errors
+    assert (found - chances).abs().max() < 5 * (0.25 / count) ** 0.5
+    stays = (drawn[:, :-1] == draft).double().mean(0)
+    overlap = torch.minimum(chances[:-1], label).sum(1).double()
+    same = (chances[:-1] * label).sum(1).double()
+    # the chance that all drafts before are kept
+    before = torch.cat((torch.ones(1), overlap[:-1].cumprod(0)))
+    expected = overlap if coupled else before * overlap + (1 - before) * same
+    assert (stays - expected).abs().max() < 5 * (0.25 / count) ** 0.5
+
+
+def test_coupling_takes_fewer_passes_on_the_embedded_model() -> None:
+    pytest.importorskip("diffusers", reason="the tokenizer is a diffusers class")
+    pytest.importorskip("transformers", reason="the model is a transformers class")
+    from sdvg.models.embedded import tokens
+    from sdvg.models.tokens import from_transformers
+
+    models = tokens.load()
+    model, prompts = from_transformers(models.model), models.prompts(["a seven", "a two"])
+    # four rows of a frame; so warm that what is drawn anew is mostly another token
+    layout, how, passes = Layout(4, tokens.WIDTH, models.codes), Sampling(temperature=3), {}
+    for coupled in (True, False):
+        decoder = JacobiDecoder(model, layout, window=32, sampling=how, coupled=coupled)
+        passes[coupled] = [frame.passes for frame in decoder.generate(prompts, frames=1)]
+    assert max(passes[True]) < min(passes[False]) < 4 * tokens.WIDTH, passes
+
+
+def test_a_draft_stays_where_rounding_alone_is_between_two_laws(model: TokenLlama) -> None:
+    """The coin fell once in millions, and no token was left to draw instead: one of -1."""
+    label = torch.tensor([[0.5, 0.5, 0.0]])
+    chances = torch.stack((label[0] - 2e-2, label[0])).clamp(min=0)
+    drawn = _pass_of(model, chances, label, torch.zeros(500, 1).long(), True)
+    assert (drawn[:, 0] == 0).all()
+
+
+def test_a_video_goes_on_outside_of_a_callers_inference_mode(model: TokenLlama) -> None:
+    prompts = torch.tensor([[0, 5]])
+    decoder = JacobiDecoder(model, Layout(3, 4, 3, first=2), window=4)
+    expected = decoder.generate(prompts, frames=2)
+    list(expected)
+    with torch.inference_mode():
+        run = decoder.generate(prompts, frames=2)
+        next(run)
+    list(run)
+    assert torch.equal(run.codes, expected.codes)
+
+
 def test_bad_input_gets_one_sentence(model: TokenLlama) -> None:
     with pytest.raises(ValueError, match="jacobi: window must be at least 2, got 1"):
         JacobiDecoder(model, LAYOUT, window=1)
     with pytest.raises(ValueError, match="jacobi: rows must have no end-of-line token, got 5"):
         JacobiDecoder(model, Layout(1, 2, 3, eol=5))
-    decoder = JacobiDecoder(model, LAYOUT)
-    with pytest.raises(ValueError, match=r"jacobi: actions must be \[1, 1, 1\], got None"):
-        decoder.generate(torch.zeros(1, 1).long(), frames=2)
-    with pytest.raises(ValueError, match="jacobi: frames must be at least 1, got 0"):
-        decoder.generate(torch.zeros(1, 1).long(), frames=0)
-    with pytest.raises(ValueError, match=r"prompts must be ids \[B, P >= 1\], got \[3\]"):
-        decoder.generate(torch.zeros(3).long(), frames=1)
 
 
 def test_nan_logits_are_one_sentence(model: TokenLlama) -> None:
@@ -142,21 +212,25 @@ def test_nan_logits_are_one_sentence(model: TokenLlama) -> None:
     broken.load_state_dict(model.state_dict())
     broken.norm.data[3] = torch.nan
     run = JacobiDecoder(broken, LAYOUT).generate(torch.zeros(2, 1).long(), frames=1)
-    with pytest.raises(ValueError, match="logits must be finite, got NaN or infinity in frame 0"):
+    with pytest.raises(ValueError, match="jacobi: logits must be finite, got NaN or infinity in "):
         list(run)
+    with pytest.raises(RuntimeError, match="must not go on after an error"):
+        next(run)
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_tokens_of_the_cpu(model: TokenLlama) -> None:
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_gpu_gives_the_tokens_of_the_cpu(coupled: bool, model: TokenLlama) -> None:
     layout = Layout(3, 4, 3, first=2, extra=1)
     prompts, actions = torch.tensor([[0, 5], [1, 3]]), torch.tensor([[[1]], [[0]]])
-    here = JacobiDecoder(model, layout, window=4).generate(prompts, frames=2, actions=actions)
+    decoder = JacobiDecoder(model, layout, window=4, coupled=coupled)
+    here = decoder.generate(prompts, frames=2, actions=actions)
     list(here)
     moved = TokenLlama(SIZES).double()
     moved.load_state_dict(model.state_dict())
     moved = moved.eval().requires_grad_(False).cuda()
     moved.masked = True
-    there = JacobiDecoder(moved, layout, window=4).generate(
+    there = JacobiDecoder(moved, layout, window=4, coupled=coupled).generate(
         prompts.cuda(), frames=2, actions=actions.cuda()
     )
     list(there)

@@ -19,6 +19,7 @@ pytest.importorskip("av", reason="the videos are PyAV's")
 
 from sdvg import token_sweep as room
 from sdvg.cli import main
+from sdvg.token_cli import ORDERS
 from sdvg.token_sweep import COLUMNS, Line, lines, summarise, sweep, write
 from sdvg.tokens.embedded import Shown
 
@@ -48,18 +49,32 @@ def test_generate_writes_a_video_its_frames_and_a_report(
         (["--k", "0"], "diagonal_schedule: k must be in [1, width 16], got 0"),
         (
             ["--mode", "rows"],
-            "diagonal: mode must be one of raster, spatial, spatiotemporal, zipar",
+            "tokens: mode must be one of raster, spatial, spatiotemporal, zipar, scd, sjd, got",
         ),
         (
             ["--mode", "raster", "--k", "5"],
             "diagonal: k must be the width 16 in raster order, got 5",
         ),
         (["--mode", "scd", "--context", "300"], "context: must be left out for scd, got 300"),
-        (["--mode", "scd", "--keep", "3"], "keep: must be left out for scd, got 3"),
+        (["--mode", "sjd", "--keep", "3"], "keep: must be left out for sjd, got 3"),
+        (
+            ["--mode", "scd", "--row-start", "newest"],
+            "row_start: must be left out for scd, got newest",
+        ),
+        (["--mode", "scd", "--k", "1"], "jacobi: window must be at least 2, got 1"),
+        (["--keep", "3"], "keep: must come with context, got 3; nothing slides without"),
         (["--action", "9=up,quickly"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
+        (
+            ["--action", "1=up,quickly", "--frames", "1"],
+            "action: must be left out where no second frame is, got '1=up,quickly'",
+        ),
+        (["--frames", "0"], "tokens: frames must be at least 1, got 0"),
         (["--action", "1=sideways"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
         (["--context", "100"], "diagonal: context must hold at least 280 slots, the prompt and on"),
-        (["--temperature", "-1"], "sample_tokens: temperature must be finite and at least 0, got"),
+        (["--temperature", "-1"], "sampling: temperature must be finite and at least 0, got -1"),
+        (["--guidance", "nan"], "sampling: guidance must be finite, got nan"),
+        (["--top-p", "2"], "sampling: top_p must lie in (0, 1], got 2"),
+        (["--top-k", "0"], "sampling: top_k must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_one_sentence(
@@ -72,16 +87,76 @@ def test_bad_options_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_refuses_a_k_before_it_makes_anything(
+def test_generate_decodes_by_jacobi_iterations(tmp_path: Path) -> None:
+    out = tmp_path / "seven.mp4"
+    arguments = ["tokens", "generate", "a seven moving left", "--mode", "sjd", "--frames", "1"]
+    arguments += ["--temperature", "3", "--guidance", "1", "--k", "32", "--out", str(out)]
+    assert main(arguments) == 0
+    # of 256 tokens
+    assert json.loads(out.with_suffix(".json").read_text())["summary"]["passes"] < 128
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_an_empty_prompt_is_refused(
+    prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tokens", "generate", prompt, "--out", str(tmp_path / "a.mp4")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"sdvg: tokens: a prompt must not be empty, got {prompt!r}"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ["--k", "1", "17"],
+            "diagonal_schedule: k must be in [1, width 16], got 17; k = width is raster decoding",
+        ),
+        (
+            ["--k", "1", "1"],
+            "sweep: lines must differ, got ['raster 16', 'spatial 1', 'spatial 1']",
+        ),
+        (["--prompts", "0"], "sweep: prompts must be at least 1, got 0"),
+        (["--frames", "0"], "sweep: frames must be at least 1, got 0"),
+        (["--top-p", "nan"], "sampling: top_p must lie in (0, 1], got nan"),
+        (["--modes", "scd", "--k", "4"], "k: must be left out for scd, got [4]"),
+        (
+            ["--modes", "sjd", "--row-start", "above"],
+            "row_start: must be left out for sjd, got above",
+        ),
+        (["--threads", "0"], "threads: must be at least 1, got 0"),
+    ],
+)
+def test_a_sweep_refuses_before_it_makes_anything(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad k was refused once the folder was there."""
+    out = tmp_path / "new"
+    given = ["--modes", "spatial", "--tuned", "no", "--out", str(out), *arguments]
+    assert main(["tokens", "sweep", *given]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"sdvg: {text}"
+    assert not out.exists()
+
+
+def test_a_sweep_says_where_no_folder_can_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["tokens", "sweep", "--k", "1", "17", "--tuned", "no", "--out", str(tmp_path)]
-    assert main(arguments) == 2
+    (tmp_path / "file").touch()
+    arguments = ["--modes", "scd", "--tuned", "no", "--out", str(tmp_path / "file" / "new")]
+    assert main(["tokens", "sweep", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (
-        "sdvg: diagonal_schedule: k must be in [1, width 16], got 17; k = width is raster decoding"
-    )
-    assert not list(tmp_path.iterdir())
+    assert error.startswith("sdvg: output: ")
+    assert error.endswith("cannot be made: not a directory")
+
+
+def test_a_table_has_uncoupled_drafts_only_where_they_are_asked_for() -> None:
+    assert {line.mode for line in lines(ORDERS, (1,), (False,), 16)} == {
+        "raster", "spatial", "spatiotemporal", "zipar", "scd",
+    }  # fmt: skip
+    assert [line.key for line in lines(("sjd", "zipar"), (1,), (True,), 16)] == [
+        "raster 16", "sjd 16", "sjd 64", "sjd 256", "zipar 1 tuned",
+    ]  # fmt: skip
 
 
 def test_ctrl_c_keeps_the_finished_frames(

@@ -11,10 +11,12 @@ one CUDA graph for each width of a pass, and the host waits once a frame.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +24,14 @@ from torch import Tensor
 
 from sdvg.host import move
 from sdvg.models.capture import Recorder
+from sdvg.tokens.checks import (
+    check_ids,
+    check_layout,
+    check_videos,
+    each,
+    require_tokens,
+    whole,
+)
 from sdvg.tokens.window import TokenModel, Window
 from sdvg_kernels import TokenGrid
 
@@ -40,6 +50,8 @@ class Layout:
         first: the lowest of these ids.
         extra: tokens between two frames, such as an action, given by the caller.
         eol: id of the token that ends each row, for models that have one.
+
+    Raises: TypeError for what is no whole number, ValueError, in one sentence.
     """
 
     height: int
@@ -49,15 +61,41 @@ class Layout:
     extra: int = 0
     eol: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        for name, least in (("height", 1), ("width", 1), ("codes", 1), ("first", 0), ("extra", 0)):
+            whole("layout", name, getattr(self, name), least)
+        if self.eol is not None:
+            whole("layout", "eol", self.eol, 0)
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn; `sdvg_kernels.sample_tokens` says what each means."""
+    """How a token is drawn; `sdvg_kernels.sample_tokens` says what each means.
+
+    Raises: TypeError for what is no number, ValueError for NaN or out of range, in one sentence.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
     guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers: NaN fails every comparison."""
+        for name in ("temperature", "top_p", "guidance"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise TypeError(f"sampling: {name} must be a number, got {value!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"sampling: temperature must be finite and at least 0, got {self.temperature}"
+            )
+        if self.top_k is not None:
+            whole("sampling", "top_k", self.top_k, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling: top_p must lie in (0, 1], got {self.top_p}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"sampling: guidance must be finite, got {self.guidance}")
 
 
 class Frame(NamedTuple):
@@ -75,7 +113,10 @@ class Frame(NamedTuple):
 
 
 class Actions(Protocol):
-    """Gives the extra tokens before a frame, when they are needed and not earlier."""
+    """Gives the extra tokens before a frame, when they are needed and not earlier.
+
+    They should lie on the CPU: they are checked there, and the host would wait for a GPU's.
+    """
 
     def __call__(self, frame: int, rows: tuple[int, ...]) -> Tensor:
         """Return ids `[len(rows), extra]` that lead to `frame` (1, 2, ...)."""
@@ -103,7 +144,7 @@ class DiagonalDecoder:
             hold zeros.
         graphs: replay a CUDA graph for each width of a pass. None: where the model is on a GPU.
 
-    Raises: ValueError, in one sentence.
+    Raises: ValueError, or TypeError for what is no number, in one sentence.
     """
 
     def __init__(
@@ -130,12 +171,10 @@ class DiagonalDecoder:
             raise ValueError("diagonal: k must be given, got None; k = width is raster decoding")
         if graphs and model.device.type != "cuda":
             raise ValueError(f"diagonal: graphs must be off without a GPU, got {model.device}")
-        last = layout.first + layout.codes
-        if not 0 <= layout.first < last <= model.vocabulary:
-            raise ValueError(
-                f"diagonal: codes must lie in the vocabulary of {model.vocabulary}, "
-                f"got [{layout.first}, {last})"
-            )
+        check_layout("diagonal", layout, model.vocabulary)
+        for name, value in (("k", k), ("context", context), ("keep", keep)):
+            if value is not None:
+                whole("diagonal", name, value)
         if keep < 1:
             raise ValueError(f"diagonal: keep must be at least 1 frame, got {keep}")
         self.model, self.layout, self.sampling = model, layout, sampling or Sampling()
@@ -191,12 +230,13 @@ class DiagonalDecoder:
             frames: how many.
             uncond: ids [B, P] of the prompts without the condition; needed with guidance.
             actions: ids [B, frames - 1, extra] of the tokens between frames, or a callable that is
-                asked for them when a frame is about to start, as a player acts.
+                asked for them (on the CPU) when a frame is about to start, as a player acts.
             seed, sequences: key each video's noise, with the place of the token in the video: a
                 video is the same alone and in any batch.
             delays: passes by which each sequence begins later than the batch.
 
-        Raises: ValueError, in one sentence; RuntimeError by an older iterator: there is one cache.
+        Raises: ValueError, or TypeError for what is no id or number, in one sentence; RuntimeError
+            by an older iterator: there is one cache.
         """
         self._running = Generation(self, prompts, frames, uncond, actions, seed, sequences, delays)
         return self._running
@@ -239,21 +279,21 @@ class Generation(Iterator[Frame]):
         self.decoder, self.frames = decoder, frames
         self._prompts, self._uncond, self._actions = prompts, uncond, actions
         self.passes, self.seconds = 0, 0.0
-        self._check()
+        check_videos(
+            "diagonal", decoder.model, decoder.layout, decoder.sampling,
+            prompts=prompts, frames=frames, uncond=uncond, actions=actions,
+        )  # fmt: skip
         batch, prefix = prompts.shape
-        self._sequences = tuple(range(batch) if sequences is None else sequences)
-        self._delays = tuple([0] * batch if delays is None else delays)
-        for name, given in (("sequences", self._sequences), ("delays", self._delays)):
-            if len(given) != batch:
-                raise ValueError(f"diagonal: {name} must be {batch}, one each, got {len(given)}")
+        self._sequences = each("diagonal", "sequences", sequences, range(batch))
+        self._delays = each("diagonal", "delays", delays, [0] * batch)
         if min(self._delays, default=0) < 0:
             raise ValueError(f"diagonal: delays must be at least 0, got {min(self._delays)}")
-        self._seed = (seed + 2**63) % 2**64 - 2**63
+        self._seed = (whole("diagonal", "seed", seed) + 2**63) % 2**64 - 2**63
         self._slots, self._spans = self._split(prefix)
         if len(self._spans) > 1 and any(self._delays):
             raise ValueError(
                 f"diagonal: delays must be 0 where the context of {self._slots} slots slides, "
-                f"got {list(self._delays)}"
+                f"got {self._delays}"
             )
         device = decoder.model.device
         self._codes = torch.zeros(
@@ -396,61 +436,6 @@ class Generation(Iterator[Frame]):
             made += count
         return decoder.context, spans
 
-    def _check(self) -> None:
-        """Raise unless what was given fits together."""
-        decoder, prompts = self.decoder, self._prompts
-        layout, vocabulary = decoder.layout, decoder.model.vocabulary
-        if prompts.ndim != 2 or not prompts.shape[1]:
-            raise ValueError(
-                f"diagonal: prompts must be ids [B, P >= 1], got {list(prompts.shape)}"
-            )
-        if self.frames < 1:
-            raise ValueError(f"diagonal: frames must be at least 1, got {self.frames}")
-        batch = len(prompts)
-        check_ids("prompts", prompts, tuple(prompts.shape), vocabulary)
-        guided = decoder.sampling.guidance != 1
-        if guided != (self._uncond is not None):
-            raise ValueError(
-                "diagonal: uncond must be given with guidance and only then, got guidance "
-                f"{decoder.sampling.guidance:g} {'without' if guided else 'with'} it"
-            )
-        if self._uncond is not None:
-            check_ids("uncond", self._uncond, tuple(prompts.shape), vocabulary)
-        actions = self._actions
-        if isinstance(actions, Tensor):
-            wanted = (batch, self.frames - 1, layout.extra)
-            check_ids("actions", actions, wanted, vocabulary)
-        elif layout.extra and self.frames > 1 and not isinstance(actions, Callable):
-            raise ValueError(
-                f"diagonal: actions must be given for {layout.extra} tokens between frames, "
-                f"got {actions!r}"
-            )
-
 
 def _where(places: Sequence[int], place: int) -> tuple[int, ...]:
     return tuple(row for row, at in enumerate(places) if at == place)
-
-
-def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
-    """Raise unless `ids` have `shape` and lie in the vocabulary."""
-    if tuple(ids.shape) != shape:
-        raise ValueError(f"diagonal: {name} must be {list(shape)}, got {list(ids.shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"diagonal: {name} must be int32 or int64, got {ids.dtype}")
-    if ids.numel():
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"diagonal: {name} must lie in the vocabulary of {vocabulary}, "
-                f"got ids from {low} to {high}"
-            )
-
-
-def require_tokens(codes: Tensor, frame: int, sequences: Sequence[int]) -> None:
-    """Raise unless each place of `codes [rows, h, w]` was drawn; the host waits for them."""
-    bad = (codes < 0).flatten(1).any(1).tolist()
-    if any(bad):
-        raise ValueError(
-            "diagonal: logits must be finite, got NaN or infinity in frame "
-            f"{frame} of sequence {sequences[bad.index(True)]}"
-        )

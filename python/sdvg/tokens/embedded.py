@@ -11,9 +11,19 @@ from torch import Tensor
 
 from sdvg.models.embedded.tokens import ACTIONS, HEIGHT, WIDTH, VideoTokens
 from sdvg.models.tokens import TokenLlama, from_transformers
-from sdvg.tokens.diagonal import Actions, DiagonalDecoder, Generation, Layout, Sampling
+from sdvg.tokens.checks import whole
+from sdvg.tokens.diagonal import (
+    MODES,
+    Actions,
+    DiagonalDecoder,
+    Generation,
+    Layout,
+    Sampling,
+)
 from sdvg.tokens.jacobi import JacobiDecoder, JacobiGeneration
 
+# Jacobi decoding, coupled or not
+JACOBI = {"scd": True, "sjd": False}
 # what its card says
 SAMPLING = Sampling(temperature=0.9, guidance=1.5)
 
@@ -36,8 +46,11 @@ class EmbeddedVideos:
     Args:
         models: `sdvg.models.embedded.tokens.load()`.
         model: its Llama over a static cache, to be shared by several; None: made here.
-        mode: of `DiagonalDecoder`; or "scd", for `JacobiDecoder` with a window of `k`.
-        options: of the decoder: k, row_start, context, ...; `sampling` is the card's by default.
+        mode: of `DiagonalDecoder`; or "scd" or "sjd", for `JacobiDecoder`, coupled or not.
+        k: of `DiagonalDecoder`; of the other the window, which has a default.
+        options: of the decoder: row_start, context, ...; `sampling` is the card's by default.
+
+    Raises: ValueError, or TypeError for what is no number, in one sentence.
     """
 
     def __init__(
@@ -46,17 +59,23 @@ class EmbeddedVideos:
         model: TokenLlama | None = None,
         *,
         mode: str = "spatial",
+        k: int | None = None,
         **options: object,
     ) -> None:
+        if mode not in (*MODES, *JACOBI):
+            raise ValueError(
+                f"tokens: mode must be one of {', '.join((*MODES, *JACOBI))}, got {mode!r}"
+            )
         self.models = models
         layout = Layout(HEIGHT, WIDTH, models.codes, extra=1)
         options = {"sampling": SAMPLING, **options}
         model = from_transformers(models.model) if model is None else model
         self.decoder: DiagonalDecoder | JacobiDecoder
-        if mode == "scd":
-            self.decoder = JacobiDecoder(model, layout, window=options.pop("k"), **options)
+        if mode in JACOBI:
+            options |= {} if k is None else {"window": k}
+            self.decoder = JacobiDecoder(model, layout, coupled=JACOBI[mode], **options)
         else:
-            self.decoder = DiagonalDecoder(model, layout, mode=mode, **options)
+            self.decoder = DiagonalDecoder(model, layout, mode=mode, k=k, **options)
         # the newest one
         self.running: Generation | JacobiGeneration | None = None
 
@@ -72,14 +91,18 @@ class EmbeddedVideos:
         """Yield each frame of one video for each prompt as soon as its tokens are there.
 
         Args:
+            prompts: texts, none empty.
             actions: indices [B, frames - 1] into `ACTIONS`, or a callable of (frame, rows) that
-                gives [len(rows), 1] of them while the video runs; None: go on as before.
+                gives [len(rows), 1] of them (on the CPU) while the video runs; None: go on as
+                before.
 
-        Raises ValueError as `DiagonalDecoder.generate` does, and for an action that does not exist.
+        Raises ValueError and TypeError as `DiagonalDecoder.generate` does, and for no prompt, an
+        empty one, and an action that does not exist.
         """
-        models, batch = self.models, len(prompts)
+        _check_prompts(prompts)
+        models, batch, frames = self.models, len(prompts), whole("tokens", "frames", frames, 1)
         if actions is None:
-            actions = torch.zeros(batch, max(0, frames - 1), dtype=torch.int64)
+            actions = torch.zeros(batch, frames - 1, dtype=torch.int64)
         if isinstance(actions, Tensor):
             given: Tensor | Actions = self._ids(actions)[..., None]
         else:
@@ -97,22 +120,35 @@ class EmbeddedVideos:
             seed=seed,
             sequences=sequences,
         )
-        return self._shown()
+        return self._shown(self.running)
 
-    def _shown(self) -> Iterator[Shown]:
+    def _shown(self, running: Generation | JacobiGeneration) -> Iterator[Shown]:
         there: Counter[int] = Counter()
-        for frame in self.running:
+        for frame in running:
             # of some sequences a frame may come earlier
             there[frame.index] += len(frame.rows)
-            codes = self.running.codes[:, frame.index]
+            codes = running.codes[:, frame.index]
             if there[frame.index] == len(codes):
                 pixels = self.models.decode(codes)
                 yield Shown(frame.index, pixels, frame.passes, frame.seconds)
 
     def _ids(self, actions: Tensor) -> Tensor:
+        if not isinstance(actions, Tensor):
+            raise TypeError(f"tokens: actions must be a tensor, got {type(actions).__name__}")
         if actions.numel() and not 0 <= actions.min() <= actions.max() < len(ACTIONS):
             raise ValueError(
-                f"diagonal: actions must lie in [0, {len(ACTIONS)}), got {int(actions.min())} to "
+                f"tokens: actions must lie in [0, {len(ACTIONS)}), got {int(actions.min())} to "
                 f"{int(actions.max())}"
             )
         return self.models.actions(actions)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"tokens: prompts must be a non-empty list of texts, got {prompts!r}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"tokens: a prompt must be a text, got {prompt!r}")
+        # without words it is what guidance leads away from
+        if not prompt.strip():
+            raise ValueError(f"tokens: a prompt must not be empty, got {prompt!r}")

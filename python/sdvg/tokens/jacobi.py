@@ -6,9 +6,10 @@
                 commit what is kept up to the first that is not, and that one's new draw
                 all new draws are the next drafts, and p[j] what they were drawn from
 
-Speculative Jacobi decoding (arXiv 2410.01699) is the same without the third line behind the first
-that is not kept: there it draws anew. The law is that of raster order with the same sampling,
-exactly: a draft's label is always the distribution that it was drawn from.
+Speculative Jacobi decoding (SJD, arXiv 2410.01699) is the same without the third line behind the
+first that is not kept: there it draws anew from p, so that a draft outlives a pass only by being
+committed. The law is that of raster order with the same sampling, exactly, for both: a draft's
+label is always the distribution that it was drawn from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdvg.tokens.diagonal import Actions, Frame, Layout, Sampling, check_ids, require_tokens
+from sdvg.tokens.checks import (
+    check_ids,
+    check_layout,
+    check_videos,
+    each,
+    require_tokens,
+    whole,
+)
+from sdvg.tokens.diagonal import Actions, Frame, Layout, Sampling
 from sdvg.tokens.window import TokenModel
 from sdvg_kernels import TokenGrid, sample_tokens
 
@@ -39,8 +48,10 @@ class JacobiDecoder:
         layout: what lies where; rows without an end-of-line token.
         window: W, places that a pass predicts, at least 2.
         sampling: how tokens are drawn.
+        coupled: keep drafts behind the first that is not kept, too, where they hold (SCD); False:
+            draw all of these anew (SJD).
 
-    Raises: ValueError, in one sentence.
+    Raises: ValueError, or TypeError for what is no number, in one sentence.
     """
 
     def __init__(
@@ -50,14 +61,17 @@ class JacobiDecoder:
         *,
         window: int = 16,
         sampling: Sampling | None = None,
+        coupled: bool = True,
     ) -> None:
-        if window < 2:
-            raise ValueError(f"jacobi: window must be at least 2, got {window}")
+        window = whole("jacobi", "window", window, 2)
+        check_layout("jacobi", layout, model.vocabulary)
         if layout.eol is not None:
             raise ValueError(f"jacobi: rows must have no end-of-line token, got {layout.eol}")
         self.model, self.layout, self.window = model, layout, window
-        self.sampling = sampling or Sampling()
+        self.sampling, self.coupled = sampling or Sampling(), coupled
 
+    # what is made for a video is written in a caller's inference mode or out of it
+    @torch.inference_mode(False)
     def generate(
         self,
         prompts: Tensor,
@@ -72,25 +86,13 @@ class JacobiDecoder:
 
         Sequences keep pace with their own drafts: a frame may come earlier for some of the batch.
         """
-        if prompts.ndim != 2 or not prompts.shape[1]:
-            raise ValueError(f"jacobi: prompts must be ids [B, P >= 1], got {list(prompts.shape)}")
-        if frames < 1:
-            raise ValueError(f"jacobi: frames must be at least 1, got {frames}")
-        check_ids("prompts", prompts, tuple(prompts.shape), self.model.vocabulary)
-        guided = self.sampling.guidance != 1
-        if guided != (uncond is not None):
-            raise ValueError(
-                "jacobi: uncond must be given with guidance and only then, got guidance "
-                f"{self.sampling.guidance:g} {'without' if guided else 'with'} it"
-            )
-        if uncond is not None:
-            check_ids("uncond", uncond, tuple(prompts.shape), self.model.vocabulary)
-        wanted = (len(prompts), frames - 1, self.layout.extra)
-        if isinstance(actions, Tensor):
-            check_ids("actions", actions, wanted, self.model.vocabulary)
-        elif actions is None and self.layout.extra and frames > 1:
-            raise ValueError(f"jacobi: actions must be {list(wanted)}, got None")
-        return JacobiGeneration(self, prompts, frames, uncond, actions, seed, sequences)
+        check_videos(
+            "jacobi", self.model, self.layout, self.sampling,
+            prompts=prompts, frames=frames, uncond=uncond, actions=actions,
+        )  # fmt: skip
+        names = each("jacobi", "sequences", sequences, range(len(prompts)))
+        seed = whole("jacobi", "seed", seed)
+        return JacobiGeneration(self, prompts, int(frames), uncond, actions, seed, names)
 
 
 class JacobiGeneration(Iterator[Frame]):
@@ -109,14 +111,13 @@ class JacobiGeneration(Iterator[Frame]):
         uncond: Tensor | None,
         actions: Tensor | Actions | None,
         seed: int,
-        sequences: Sequence[int] | None,
+        sequences: Sequence[int],
     ) -> None:
         self.decoder, self.frames, self._actions = decoder, frames, actions
         layout, model = decoder.layout, decoder.model
         device, (batch, prefix) = model.device, prompts.shape
         self.passes, self.seconds = 0, 0.0
-        self._names = tuple(range(batch) if sequences is None else sequences)
-        self._seed = seed
+        self._names, self._seed = sequences, seed
         self._grid = TokenGrid(
             layout.height, layout.width, layout.width, "spatial", prefix, layout.extra
         )
@@ -137,19 +138,26 @@ class JacobiGeneration(Iterator[Frame]):
         self._label = torch.empty(*self._draft.shape, layout.codes, device=device)
         self._redraft(torch.full((batch,), decoder.window, device=device))
         self._whole: deque[Frame] = deque()
+        self._failed = False
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __next__(self) -> Frame:
         """Run passes until a frame is whole, and return it."""
         while not self._whole:
+            if self._failed:
+                raise RuntimeError("jacobi: a generation must not go on after an error; begin anew")
             if all(at == self.frames * self._tokens for at in self._at):
                 raise StopIteration
             began = time.perf_counter()
+            self._failed = True
             done = self._pass()
             self.seconds += time.perf_counter() - began
             for frame, rows in done:
                 codes = self.codes[list(rows), frame]
-                require_tokens(codes, frame, [self._names[row] for row in rows])
+                require_tokens(codes, frame, [self._names[row] for row in rows], op="jacobi")
                 self._whole.append(Frame(frame, rows, codes, self.passes, self.seconds))
+            self._failed = False
         return self._whole.popleft()
 
     def _pass(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -160,7 +168,7 @@ class JacobiGeneration(Iterator[Frame]):
         for row, at in enumerate(self._at):
             if at and at % tokens == 0 and at < self.frames * tokens and layout.extra:
                 self._act(at // tokens, row)
-        at = torch.tensor(self._at, device=device)
+        at = torch.tensor(self._at, dtype=torch.int64, device=device)
         live = at < self.frames * tokens
         frame, place = at // tokens, at % tokens
         # [B, W]: the place that each entry predicts, and whether its frame has it
@@ -218,12 +226,18 @@ class JacobiGeneration(Iterator[Frame]):
         draft, label = self._draft[..., None], self._label
         ahead = chances[:, :-1]
         rest = (ahead - label).clamp(min=0)
-        target = torch.cat((rest, chances[:, -1:]), 1).flatten(0, 1)
-        new = sample_tokens(target.log(), **self._keys(places, 0)).view(batch, window)
         ratio = (ahead.gather(2, draft) / label.gather(2, draft))[..., 0].clamp(max=1)
+        # where rounding alone is between the two, nothing is left to draw instead
+        ratio = torch.where((rest == 0).all(-1), 1, ratio)
         # a coin: token 0 of two, in the same keyed noise
         coin = torch.stack((ratio, 1 - ratio), -1).flatten(0, 1).log()
         kept = sample_tokens(coin, **self._keys(places[:, :-1], 1)).view(batch, window - 1) == 0
+        if not self.decoder.coupled:
+            held = kept.int().cumprod(1).bool()
+            behind = ~F.pad(held, (1, 0), value=True)[:, :-1]
+            kept, rest = held, torch.where(behind[..., None], ahead, rest)
+        target = torch.cat((rest, chances[:, -1:]), 1).flatten(0, 1)
+        new = sample_tokens(target.log(), **self._keys(places, 0)).view(batch, window)
         return torch.cat((torch.where(kept, self._draft, new[:, :-1]), new[:, -1:]), 1), kept
 
     def _redraft(self, moved: Tensor) -> None:
@@ -231,7 +245,7 @@ class JacobiGeneration(Iterator[Frame]):
         window, codes = self.decoder.window, self.decoder.layout.codes
         index = moved[:, None] + torch.arange(window - 1, device=moved.device)
         beyond = index >= self._draft.shape[1]
-        at = torch.tensor(self._at, device=moved.device)[:, None] + index
+        at = torch.tensor(self._at, dtype=torch.int64, device=moved.device)[:, None] + index
         index = index.clamp(max=self._draft.shape[1] - 1)
         flat = torch.zeros(1, codes, device=moved.device).expand(at.numel(), -1)
         fresh = sample_tokens(flat, **self._keys(at, 2)).view_as(at)
@@ -244,10 +258,10 @@ class JacobiGeneration(Iterator[Frame]):
     def _keys(self, places: Tensor, stream: int) -> dict[str, Tensor]:
         """Return the keys of `places [B, n]` in this pass: apart in passes and streams."""
         seed = (self._seed + (3 * self.passes + stream + 1) * _STRIDE) % 2**64
-        names = torch.tensor(self._names, device=places.device)[:, None].expand_as(places)
+        names = torch.tensor(self._names, dtype=torch.int64, device=places.device)
         return {
             "seeds": torch.full_like(places, seed - 2**64 * (seed >= 2**63)).flatten(),
-            "sequences": names.flatten(),
+            "sequences": names[:, None].expand_as(places).flatten(),
             "positions": places.flatten(),
         }
 
@@ -258,7 +272,7 @@ class JacobiGeneration(Iterator[Frame]):
             ids = self._actions[row, frame - 1]
         else:
             ids = self._actions(frame, (row,))
-            check_ids("actions", ids, (1, layout.extra), model.vocabulary)
+            check_ids("actions", ids, (1, layout.extra), model.vocabulary, op="jacobi")
         end = self._grid.slot(frame, 0, 0)
         self._ids[row :: len(self._at), end - layout.extra : end] = ids.to(model.device)
 
