@@ -1,0 +1,321 @@
+"""Speculative decoding and verification skipping: laws on tiny random models, in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdvg.models.drafter import EagleDrafter
+from sdvg.models.tokens import LlamaSizes, TokenLlama
+from sdvg.tokens import DiagonalDecoder, Layout, Sampling
+from sdvg.tokens.skipping import Dynamic, Uniform, neighbours
+from sdvg.tokens.speculative import (
+    Exact,
+    Relaxed,
+    SpeculativeDecoder,
+    SpeculativeGeneration,
+    Typical,
+)
+
+CODES, WORDS = 18, 6
+LAYOUT = Layout(3, 4, CODES, first=2, extra=1)
+SAMPLING = Sampling(temperature=0.9, top_k=12, guidance=1.5)
+
+
+def models(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[TokenLlama, EagleDrafter]:
+    """Return a target whose tokens are neither certain nor noise, and a drafter."""
+    torch.manual_seed(seed)
+    sizes = LlamaSizes(2, 32, 4, 2, 8, 48, CODES + WORDS)
+    target = TokenLlama(sizes).to(dtype).eval().requires_grad_(False)
+    drafter = EagleDrafter(LlamaSizes(1, 32, 4, 2, 8, 48, CODES + WORDS))
+    target.head.weight.mul_(6)
+    return target, drafter.to(dtype).eval().requires_grad_(False)
+
+
+def prompts(count: int, length: int = 5) -> Tensor:
+    """Return prompts [count, length]."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(CODES + WORDS, (count, length), generator=g)
+
+
+def actions(count: int, frames: int, extra: int = 1) -> Tensor:
+    """Return ids [count, frames - 1, extra] between frames."""
+    g = torch.Generator().manual_seed(2)
+    return torch.randint(CODES, CODES + WORDS, (count, frames - 1, extra), generator=g)
+
+
+def decoder(layout: Layout = LAYOUT, seed: int = 0, **options: object) -> SpeculativeDecoder:
+    """Return a decoder of small trees."""
+    how = {"depth": 3, "top_k": 3, "nodes": 9, "sampling": SAMPLING, **options}
+    return SpeculativeDecoder(*models(seed), layout, **how)
+
+
+def make(
+    how: SpeculativeDecoder,
+    count: int = 2,
+    frames: int = 3,
+    *,
+    rows: Sequence[int] | None = None,
+    length: int = 5,
+    seed: int = 7,
+) -> SpeculativeGeneration:
+    """Return a whole generation of `count` sequences, or of some `rows` of them."""
+    rows = list(range(count) if rows is None else rows)
+    given = prompts(count, length)
+    made = how.generate(
+        given[rows],
+        frames=frames,
+        uncond=given.flip(1)[rows] if how.sampling.guidance != 1 else None,
+        actions=actions(count, frames, how.layout.extra)[rows] if how.layout.extra else None,
+        seed=seed,
+        sequences=rows,
+    )
+    for _ in made:
+        pass
+    return made
+
+
+def raster(
+    layout: Layout, sampling: Sampling, count: int = 2, frames: int = 3, length: int = 5
+) -> Tensor:
+    """Return the codes of raster order with the same noise."""
+    how = DiagonalDecoder(models()[0], layout, mode="raster", sampling=sampling)
+    given = prompts(count, length)
+    made = how.generate(
+        given,
+        frames=frames,
+        uncond=given.flip(1) if sampling.guidance != 1 else None,
+        actions=actions(count, frames, layout.extra) if layout.extra else None,
+        seed=7,
+    )
+    for _ in made:
+        pass
+    return made.codes
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SAMPLING,
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, guidance=2.0),
+        Sampling(temperature=1.3, top_p=0.8),
+    ],
+)
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_without_skipping_every_token_is_raster_orders(sampling: Sampling, extra: int) -> None:
+    layout = Layout(3, 4, CODES, first=2, extra=extra)
+    made = make(decoder(layout, sampling=sampling))
+    assert torch.equal(made.codes, raster(layout, sampling))
+    assert made.counts.skipped == 0
+    assert made.counts.passes == made.counts.drafts
+    assert made.counts.tokens == 2 * 3 * 12
+
+
+def test_a_good_drafter_needs_fewer_passes() -> None:
+    how = decoder(Layout(3, 4, CODES, first=2), sampling=Sampling(temperature=0.0))
+    how.model.head.weight.zero_()
+    made = make(how, 1)
+    # the lowest id wins all ties: four tokens a step, three drafted and one drawn
+    assert made.counts.passes == 9
+    assert made.codes.eq(0).all()
+
+
+def test_the_sampler_without_coupling_gives_the_greedy_tokens_too() -> None:
+    sampling = Sampling(temperature=0.0, guidance=1.5)
+    made = make(decoder(sampling=sampling, verification=Exact(coupled=False)))
+    assert torch.equal(made.codes, raster(LAYOUT, sampling))
+
+
+VERIFICATIONS: list[Callable[[], object]] = [
+    Exact,
+    lambda: Exact(coupled=False),
+    lambda: Relaxed(neighbours(codebook(), 6), delta=0.3),
+    lambda: Relaxed(neighbours(codebook(), 6), ratio=3.0),
+    Typical,
+]
+SKIPS = [None, Uniform(2), Uniform(3), Dynamic(-0.5)]
+
+
+def codebook() -> Tensor:
+    """Return vectors of the codes."""
+    return torch.randn(CODES, 4, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+@pytest.mark.parametrize("verification", VERIFICATIONS, ids=["exact", "coin", "l", "l++", "typ"])
+def test_a_batch_equals_its_sequences_one_by_one(
+    verification: Callable[[], object], skip: Uniform | Dynamic | None
+) -> None:
+    options = {"verification": verification(), "skip": skip, "codebook": codebook()}
+    together = make(decoder(**options), 3, 2)
+    for row in range(3):
+        alone = make(decoder(**options), 3, 2, rows=[row])
+        assert torch.equal(alone.codes[0], together.codes[row])
+
+
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+@pytest.mark.parametrize("extra", [0, 2])
+def test_the_cache_holds_what_a_full_pass_over_the_same_tokens_would(
+    skip: Uniform | Dynamic | None, extra: int
+) -> None:
+    layout = Layout(3, 4, CODES, first=2, extra=extra)
+    how = decoder(layout, skip=skip, codebook=codebook(), verification=Exact(coupled=False))
+    made = make(how, 2, 3)
+    trees = made._trees
+    fresh = how.model.new_cache(4, trees.size)
+    how.model.prefill(trees._ids[:, : trees.size], fresh)
+    skips = 0 if skip is None else made.counts.skipped
+    assert (skips > 2) == (skip is not None)
+    for row in range(4):
+        length = int(trees.lengths[row % 2])
+        assert length > trees.size - 8
+        for ours, full in ((trees.cache.k, fresh.k), (trees.cache.v, fresh.v)):
+            torch.testing.assert_close(
+                ours[:, row, :length], full[:, row, :length], rtol=0, atol=1e-10
+            )
+
+
+@pytest.mark.parametrize("skip", [None, Uniform(2)], ids=str)
+def test_rejected_slots_never_reach_an_output(skip: Uniform | None) -> None:
+    expected = make(decoder(skip=skip)).codes
+    how = decoder(skip=skip)
+    # a product with what a mask leaves out is no fair witness: 0 x NaN is NaN
+    how.model.masked = how.drafter.masked = False
+    given = prompts(2)
+    made = how.generate(
+        given, frames=3, uncond=given.flip(1), actions=actions(2, 3), seed=7, sequences=[0, 1]
+    )
+    run = 0
+    while True:
+        try:
+            made.step()
+        except StopIteration:
+            break
+        trees = made._trees
+        slots = torch.arange(trees.cache.k.shape[2])
+        stale = slots >= trees.lengths.repeat(2)[:, None]
+        drafts = slots[: trees._draft_cache.k.shape[2]]
+        # what the drafter was fed with stand-ins is fed again
+        old = (drafts >= trees._drafted.repeat(2)[:, None]) | (drafts == 0)
+        for tensor in (trees.cache.k, trees.cache.v):
+            tensor[:, stale] = math.nan
+        for tensor in (trees._draft_cache.k, trees._draft_cache.v):
+            tensor[:, old] = math.nan
+        run += 1
+    assert run > 10
+    assert torch.equal(made.codes, expected)
+
+
+def test_uniform_skipping_rests_the_target_every_other_step() -> None:
+    made = make(decoder(Layout(4, 5, CODES, first=2), skip=Uniform(2)), 1)
+    counts = made.counts
+    assert counts.skipped + counts.passes == counts.drafts
+    # the first steps have no features yet
+    assert counts.drafts / 2 - 4 <= counts.skipped <= counts.drafts / 2
+
+
+def test_dynamic_skipping_never_skips_twice_in_a_row() -> None:
+    how = decoder(Layout(4, 5, CODES, first=2), skip=Dynamic(-1.0), codebook=codebook())
+    given = prompts(1)
+    made = how.generate(given, frames=2, uncond=given.flip(1))
+    before, flags = 0, []
+    while True:
+        try:
+            made.step()
+        except StopIteration:
+            break
+        flags.append(made.counts.skipped > before)
+        before = made.counts.skipped
+    assert any(flags)
+    assert not any(one and other for one, other in itertools.pairwise(flags))
+
+
+def test_a_prompt_of_one_token_and_a_tree_of_two_nodes() -> None:
+    layout = Layout(2, 3, CODES)
+    sampling = Sampling(temperature=0.8)
+    how = decoder(layout, sampling=sampling, depth=1, top_k=1, nodes=2)
+    made = make(how, length=1)
+    assert torch.equal(made.codes, raster(layout, sampling, length=1))
+
+
+def test_frames_come_when_they_are_whole_and_actions_are_asked_for_then() -> None:
+    asked = []
+    how, given, ids = decoder(skip=Uniform(2)), prompts(2), actions(2, 3)
+
+    def act(frame: int, rows: tuple[int, ...]) -> Tensor:
+        asked.append((frame, rows))
+        return ids[list(rows), frame - 1]
+
+    made = how.generate(given, frames=3, uncond=given.flip(1), actions=act, seed=7)
+    frames = list(made)
+    seen = [(frame.index, row) for frame in frames for row in frame.rows]
+    assert sorted(seen) == [(index, row) for index in range(3) for row in range(2)]
+    assert sorted((frame, row) for frame, rows in asked for row in rows) == [
+        (index, row) for index in (1, 2) for row in range(2)
+    ]
+    expected = make(decoder(skip=Uniform(2))).codes
+    assert torch.equal(made.codes, expected)
+    for frame in frames:
+        assert torch.equal(frame.codes, expected[list(frame.rows), frame.index])
+    assert made.clock.seconds["draft"] > 0
+    assert made.clock.seconds["target"] > 0
+
+
+def test_a_second_video_is_as_if_it_were_the_first() -> None:
+    how = decoder(skip=Uniform(2))
+    make(how, seed=1)
+    again = make(how, seed=7)
+    assert torch.equal(again.codes, make(decoder(skip=Uniform(2)), seed=7).codes)
+
+
+def test_an_older_generation_is_refused() -> None:
+    how = decoder(LAYOUT, sampling=Sampling())
+    old = how.generate(prompts(1), frames=1)
+    how.generate(prompts(1), frames=1)
+    with pytest.raises(RuntimeError, match="one generation at a time"):
+        next(old)
+
+
+@pytest.mark.parametrize("where", ["target", "drafter"])
+def test_logits_without_a_distribution_end_the_video_or_the_draft(where: str) -> None:
+    how = decoder(sampling=Sampling())
+    expected = raster(LAYOUT, Sampling(), 1, 1)
+    if where == "drafter":
+        # nothing is drafted: one token a pass, and they are right
+        how.drafter.layers[0].down.weight.fill_(math.nan)
+        made = make(how, 1, 1)
+        assert torch.equal(made.codes, expected)
+        assert made.counts.passes == 12
+        return
+    how.model.norm.fill_(math.nan)
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity in frame 0"):
+        make(how, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"depth": 0}, r"depth must lie in \[1, 32\], got 0"),
+        ({"top_k": 17}, r"top_k must lie in \[1, 16\], got 17"),
+        ({"nodes": 1}, r"nodes must lie in \[2, 128\], got 1"),
+        ({"layout": Layout(3, 4, 2), "top_k": 3}, "top_k must be at most the 2 codes, got 3"),
+        ({"layout": Layout(3, 4, CODES, eol=1)}, "no end-of-line token, got 1"),
+        ({"skip": Dynamic()}, "codebook must be given for Dynamic, got None"),
+        (
+            {"codebook": torch.eye(3), "skip": Dynamic()},
+            r"codebook must be \[18, E\], got \[3, 3\]",
+        ),
+        ({"graphs": True}, "graphs must be off without a GPU"),
+    ],
+)
+def test_what_cannot_be_says_why(options: dict[str, object], sentence: str) -> None:
+    if options.get("graphs") and torch.cuda.is_available():
+        pytest.skip("a GPU has graphs")
+    with pytest.raises(ValueError, match=sentence):
+        decoder(**options)
