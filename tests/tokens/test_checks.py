@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdvg.models.tokens import LlamaSizes, TokenLlama
 from sdvg.tokens import DiagonalDecoder, JacobiDecoder, Layout, Sampling
+from sdvg.tokens.embedded import EmbeddedVideos
 
 LAYOUT = Layout(2, 3, 5, first=2, extra=1)
 PROMPTS = torch.zeros(2, 1, dtype=torch.int64)
@@ -165,3 +166,56 @@ def test_an_action_that_comes_late_is_checked_too(
 def test_no_prompts_are_no_frames(made: tuple[str, Decoder]) -> None:
     _, decoder = made
     assert list(decoder.generate(PROMPTS[:0], frames=2, actions=ACTIONS[:0])) == []
+
+
+@pytest.fixture(scope="module")
+def embedded() -> EmbeddedVideos:
+    pytest.importorskip("diffusers", reason="the tokenizer is a diffusers class")
+    pytest.importorskip("transformers", reason="the model is a transformers class")
+    from sdvg.models.embedded import tokens
+
+    return EmbeddedVideos(tokens.load(), k=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "text"),
+    [
+        (
+            {"prompts": "a seven"},
+            ValueError,
+            "prompts must be a non-empty list of texts, got 'a se",
+        ),
+        ({"prompts": []}, ValueError, "prompts must be a non-empty list of texts, got []"),
+        ({"prompts": ["a six", 3]}, TypeError, "a prompt must be a text, got 3"),
+        ({"prompts": [" "]}, ValueError, "a prompt must not be empty, got ' '"),
+        ({"frames": "2"}, TypeError, "frames must be a whole number, got '2'"),
+        ({"actions": [[0]]}, TypeError, "actions must be a tensor or a callable, got l"),
+        (
+            {"actions": _ids(1, 1, value=17)},
+            ValueError,
+            "actions must lie in [0, 17), got 17 to 17",
+        ),
+    ],
+)
+def test_videos_of_prompts_are_refused_in_one_sentence(
+    given: dict[str, object], kind: type[Exception], text: str, embedded: EmbeddedVideos
+) -> None:
+    with pytest.raises(kind) as caught:
+        embedded.generate(**{"prompts": ["a six"], "frames": 2, **given})
+    assert str(caught.value).startswith(f"tokens: {text}")
+
+
+def test_an_older_iterator_over_pixels_does_not_give_the_newers_frames(
+    embedded: EmbeddedVideos,
+) -> None:
+    """It ran the newer one's generation, and took its frames away."""
+    older = embedded.generate(["a six"], frames=1)
+    embedded.generate(["a two"], frames=1)
+    with pytest.raises(RuntimeError, match="diagonal: a decoder must run one generation at a time"):
+        next(older)
+
+
+def test_a_window_has_a_default(embedded: EmbeddedVideos) -> None:
+    assert EmbeddedVideos(embedded.models, mode="scd").decoder.window == 16
+    with pytest.raises(ValueError, match="tokens: mode must be one of raster, spatial, spatiotemp"):
+        EmbeddedVideos(embedded.models, mode="jacobi", k=2)

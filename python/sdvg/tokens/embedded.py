@@ -105,6 +105,10 @@ class EmbeddedVideos:
             actions = torch.zeros(batch, frames - 1, dtype=torch.int64)
         if isinstance(actions, Tensor):
             given: Tensor | Actions = self._ids(actions)[..., None]
+        elif not callable(actions):
+            raise TypeError(
+                f"tokens: actions must be a tensor or a callable, got {type(actions).__name__}"
+            )
         else:
             ask = actions
 
