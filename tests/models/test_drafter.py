@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sdvg.models.drafter import EagleDrafter
+from sdvg.models.drafter import EagleDrafter, load_drafter
 from sdvg.models.llama import LlamaSizes, TokenCache
 from sdvg.models.llamagen import LlamaGen
 from sdvg.models.tokens import TokenLlama
@@ -221,3 +224,109 @@ def test_a_target_of_another_width_is_refused() -> None:
     drafter = EagleDrafter(LlamaSizes(1, 48, 3, 3, 16, 40, 23))
     with pytest.raises(ValueError, match="drafter: target must have heads of 16, got 12"):
         drafter.new_cache(target, 1, 4)
+
+
+CODES, SIDE, CONDITION = 11, 3, 4
+OWN = LlamaSizes(2, 32, 2, 2, 16, 24, CODES, 1e-5)
+
+
+def _released() -> dict[str, Tensor]:
+    """Return a small file of LANTERN's, by the names of its training."""
+    torch.manual_seed(4)
+    shapes = {
+        "embed_tokens.weight": (CODES, 32), "fc.weight": (32, 64), "fc.bias": (32,),
+        "layers.0.post_attention_layernorm.weight": (32,),
+        **{f"layers.0.self_attn.{part}_proj.weight": (32, 32) for part in "qkvo"},
+        "layers.0.mlp.gate_proj.weight": (24, 32), "layers.0.mlp.up_proj.weight": (24, 32),
+        "layers.0.mlp.down_proj.weight": (32, 24),
+    }  # fmt: skip
+    return {name: torch.randn(shape, dtype=torch.float64) / 3 for name, shape in shapes.items()}
+
+
+def _target() -> LlamaGen:
+    torch.manual_seed(5)
+    target = LlamaGen(OWN, SIDE, condition=CONDITION, features=6).double().eval()
+    return target.requires_grad_(False)
+
+
+def _restated(state: dict[str, Tensor], ids: Tensor, features: Tensor) -> Tensor:
+    """Return LANTERN's own forward of tokens 1, 2, ...: a sequence [L] and features [L, 32].
+
+    Pairs side by side, in complex numbers; one zero less than the condition has tokens, then the
+    image's rows and columns.
+    """
+    x = F.linear(
+        torch.cat((state["embed_tokens.weight"][ids], features), 1), state["fc.weight"],
+        state["fc.bias"],
+    )  # fmt: skip
+    count = len(x)
+    rate = 1e4 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    cells = [(r, c) for r in range(SIDE) for c in range(SIDE)]
+    turn = torch.stack([torch.cat((r * rate, c * rate)) for r, c in cells])
+    turn = torch.polar(torch.ones_like(turn), turn)
+    turn = torch.cat((torch.zeros(CONDITION - 1, 8).to(turn), turn))[:count]
+
+    def heads(part: str) -> Tensor:
+        return F.linear(x, state[f"layers.0.self_attn.{part}_proj.weight"]).view(count, 2, 16)
+
+    def turned(part: str) -> Tensor:
+        pairs = torch.view_as_complex(heads(part).unflatten(-1, (8, 2)).contiguous())
+        return torch.view_as_real(pairs * turn[:, None]).flatten(-2)
+
+    scores = torch.einsum("qhd,khd->hqk", turned("q"), turned("k")) / 4
+    scores = scores.masked_fill(torch.ones(count, count).triu(1) > 0, -torch.inf)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), heads("v")).flatten(1)
+    x = x + F.linear(out, state["layers.0.self_attn.o_proj.weight"])
+    rms = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    normed = rms * state["layers.0.post_attention_layernorm.weight"]
+    gate, up, down = (state[f"layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+
+
+def test_lanterns_drafter_drafts_as_it_was_trained() -> None:
+    state, target = _released(), _target()
+    drafter = load_drafter(state, OWN)
+    prompt = target.captions(torch.randn(1, CONDITION, 6, dtype=torch.float64))
+    codes = torch.randint(CODES, (1, 6))
+    ids = torch.cat((prompt, codes), 1)
+    features, made, _ = _start(target, drafter, ids, CONDITION + SIDE**2, 0)
+    # what conditions is fed as code 0
+    fed = torch.cat((torch.zeros(CONDITION - 1, dtype=torch.int64), codes[0]))
+    expected = _restated(state, fed, features[0, :-1])
+    torch.testing.assert_close(made[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_lanterns_embeddings_are_shared_where_they_are_the_targets() -> None:
+    state, target = _released(), _target()
+    assert load_drafter(state, OWN, target=target).embedding is not None
+    state["embed_tokens.weight"] = target.embedding.weight[:CODES].clone()
+    drafter = load_drafter(state, OWN, target=target)
+    assert drafter.embedding is None
+    ids = torch.tensor([[2, CODES + 3, 10]])
+    expected = target.embed(torch.tensor([[2, 0, 10]]))
+    assert torch.equal(drafter.embed(ids, target), expected)
+    assert torch.equal(load_drafter(state, OWN).embed(ids, target), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s.pop("fc.weight"), "the checkpoint must have fc.weight, got otherwise"),
+        (
+            lambda s: s.update({"layers.0.input_layernorm.weight": torch.ones(32)}),
+            "the checkpoint must have no layers.0.attention_norm, got otherwise",
+        ),
+        (
+            lambda s: s.update({"fc.weight": torch.ones(32, 32)}),
+            r"fc.weight must be \[32, 64\], got \[32, 32\]",
+        ),
+    ],
+)
+def test_a_foreign_file_is_refused_in_one_sentence(
+    change: Callable[[dict[str, Tensor]], object], text: str
+) -> None:
+    state = _released()
+    change(state)
+    with pytest.raises(ValueError, match=f"^tokens: {text}") as caught:
+        load_drafter(state, OWN)
+    assert "\n" not in str(caught.value)

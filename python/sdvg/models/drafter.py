@@ -167,31 +167,37 @@ class EagleDrafter(nn.Module):
         )  # fmt: skip
 
 
-def load_drafter(state: Mapping[str, Tensor], sizes: LlamaSizes) -> EagleDrafter:
+def load_drafter(
+    state: Mapping[str, Tensor], sizes: LlamaSizes, *, target: TokenLlama | None = None
+) -> EagleDrafter:
     """Return the drafter of one of LANTERN's files for LlamaGen (`jadohu/llamagen_drafter`, ...).
 
-    In its training what conditions was fed as code 0, and pairs that turn lie side by side, as in
-    LlamaGen. A file's embeddings are the drafter's own: the released training takes the target's
-    head for them where the target is in one file.
+    It was trained with what conditions fed as code 0 (`EagleDrafter.blank`). A file's embeddings
+    are kept where they are not the target's: the released training takes the target's head for
+    them where it does not find the others.
 
     Args:
         state: the released file as `torch.load` or safetensors give it.
-        sizes: of the target, as `LLAMAGEN` has them: a drafter has one such layer; `layers` counts
-            for nothing.
+        sizes: of the target, as `LLAMAGEN` has them; its `layers` count for nothing.
+        target: whose embeddings are shared where the file has the same; None: the file's are kept.
 
     Raises ValueError for names that are missing, left over or of another shape.
     """
-    names = read_names(state, _layers(state))
-    sizes = replace(sizes, layers=_layers(state), eps=1e-6)
+    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    names = read_names(state, layers)
+    table = names.get("embedding.weight")
+    if table is not None and target is not None:
+        own = target.embedding.weight[: len(table)]
+        if own.shape == table.shape and torch.equal(own, table.to(own)):
+            table = None
+            del names["embedding.weight"]
+    # of LANTERN's configurations, whatever the target's is
+    sizes = replace(sizes, layers=layers, eps=1e-6)
     with torch.device("meta"):
-        drafter = EagleDrafter(sizes, bias="fc.bias" in names, table="embedding.weight" in names)
+        drafter = EagleDrafter(sizes, bias="fc.bias" in names, table=table is not None)
     drafter = fit(drafter, names)
     drafter.blank = 0
     for layer in drafter.layers:
+        # the pairs that turn lie side by side, as in LlamaGen
         layer.qkv.weight = nn.Parameter(by_halves(layer.qkv.weight, sizes), requires_grad=False)
     return drafter
-
-
-def _layers(state: Mapping[str, Tensor]) -> int:
-    numbers = {name.split(".")[1] for name in state if name.startswith("layers.")}
-    return len(numbers)
