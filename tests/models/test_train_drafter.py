@@ -35,7 +35,8 @@ def test_training_unrolls_what_drafting_feeds() -> None:
             for slot in range(1, root + 3):
                 at = torch.tensor([[slot]], dtype=torch.int32)
                 # behind the root, what was drafted last
-                given = shown.features[b : b + 1, slot - 1 : slot] if slot <= root else given
+                if slot <= root:
+                    given = shown.features[b : b + 1, slot - 1 : slot]
                 given = drafter.feed(
                     shown.embedded[b : b + 1, slot : slot + 1], given, at, at, at[0],
                     torch.ones(1, 1, 1, dtype=torch.int32), cache,
