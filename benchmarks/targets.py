@@ -237,7 +237,7 @@ TARGETS = (
         least=0.5,
     ),
     Target(
-        "a frame of MineWorld 300M along diagonals, against our own raster order",
+        "a frame of MineWorld 300M, 10 rows of Cosmos 4B along diagonals, against our raster order",
         "0.8 of the fewer passes",
         _ops("token frame"),
         _share_of_passes,

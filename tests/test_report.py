@@ -191,6 +191,27 @@ def test_targets_of_the_loop_read_its_own_rows() -> None:
     ]
 
 
+def test_the_target_of_token_frames_reads_how_many_fewer_passes_there_are() -> None:
+    small, part = "MineWorld 300M 14x24", "Cosmos 4B (10 of 40 rows) 10x64"
+    rows = [
+        row("token frame", f"{small} spatial k=1 passes=37 raster=336", "spatial", 1.0, ratio=8.4),
+        row("token frame", f"{part} spatial k=1 passes=73 raster=640", "spatial", 1.0, ratio=6.4),
+        # drafts are no fewer passes that a schedule promises
+        row("token frame, lossless", f"{small} scd window=16 passes=99 raster=336 tokens/pass=3.4",
+            "scd", 1.0, ratio=2.0),
+    ]  # fmt: skip
+    judged = [
+        (target.bound, round(found[0], 3), found[1])
+        for target in TARGETS
+        for entry in rows
+        if (found := target.judge(entry, rows))
+    ]
+    assert judged == [
+        ("0.8 of the fewer passes", 0.925, True),
+        ("0.8 of the fewer passes", 0.73, False),
+    ]
+
+
 def test_the_page_is_what_the_committed_results_give() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     fresh = report.replaced(text, report.page(report.read(RESULTS), ROOT / "benchmarks"))
