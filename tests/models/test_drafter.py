@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -330,3 +331,53 @@ def test_a_foreign_file_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=f"^tokens: {text}") as caught:
         load_drafter(state, OWN)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [None, True], ids=["op", "pytorch"])
+def test_a_gpu_feeds_the_trees_of_the_cpu_and_replays_them(masked: bool | None) -> None:
+    torch.manual_seed(6)
+    # a head dim that the kernel has
+    sizes = LlamaSizes(2, 128, 4, 2, 64, 96, 23)
+    target, drafter = TokenLlama(sizes).eval(), EagleDrafter(replace(sizes, layers=1)).eval()
+    given = torch.randint(23, (2, 9))
+    tokens, depths, mask = _tree()
+    lengths = torch.tensor([9, 5], dtype=torch.int32)
+    slots = torch.where(depths < 0, -1, lengths[:, None] + torch.arange(NODES)).int()
+    positions = (lengths[:, None] + depths).int()
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        target, drafter = target.to(device, dtype), drafter.to(device, dtype)
+        target.masked = drafter.masked = None if device == "cpu" else masked
+        cache = target.new_cache(2, 13, scratch=NODES)
+        drafted = drafter.new_cache(target, 2, 13, scratch=NODES)
+        target.prefill(given.to(device), cache)
+        fed = [part.to(device) for part in (tokens, slots, positions, lengths, mask)]
+
+        def feed(
+            target: TokenLlama = target,
+            drafter: EagleDrafter = drafter,
+            caches: tuple[TokenCache, TokenCache] = (cache, drafted),
+            fed: list[Tensor] = fed,
+        ) -> tuple[Tensor, Tensor]:
+            features = target.feed_tree(*fed, caches[0])
+            made = drafter.feed(drafter.embed(fed[0], target), features, *fed[1:], caches[1])
+            return features, made
+
+        found.append(feed())
+    alive = depths >= 0
+    for exact, out in zip(*found, strict=True):
+        error = (out.cpu().double() - exact)[alive].abs().max()
+        assert error < 1e-4 * exact[alive].abs().max()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        feed()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = feed()
+    # another tree in the same graph
+    fed[0].copy_(fed[0].flip(1))
+    graph.replay()
+    for again, out in zip(replayed, feed(), strict=True):
+        assert torch.equal(again.cpu()[alive], out.cpu()[alive])

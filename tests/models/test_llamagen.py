@@ -326,6 +326,36 @@ def _grid(model: LlamaGen, height: int, width: int, eol: int | None = None) -> N
     next(decoder.generate(model.classes(torch.tensor([1])), frames=1))
 
 
+@pytest.mark.parametrize("kind", ["class", "caption"])
+def test_lanterns_target_is_the_released_one(kind: str) -> None:
+    # jadohu/LlamaGen-T2I: LlamaGen's weights by transformers' names, their pairs side by side
+    state = checkpoint(kind)
+    names = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "output.weight": "lm_head.weight",
+    }
+    parts = {
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    rows = [heads * SIZES.head_dim for heads in (SIZES.heads, SIZES.kv_heads, SIZES.kv_heads)]
+    theirs = {}
+    for name, tensor in state.items():
+        layer = ".".join(name.split(".")[:2])
+        if name.endswith("attention.wqkv.weight"):
+            for part, rows_of in zip("qkv", tensor.split(rows), strict=True):
+                theirs[f"model.{layer}.self_attn.{part}_proj.weight"] = rows_of
+        else:
+            for own, other in parts.items():
+                name = name.replace(own, other) if name.startswith("layers.") else name
+            theirs[names.get(name, f"model.{name}")] = tensor
+    expected = load_llamagen(state, SIZES, SIDE).state_dict()
+    found = load_llamagen(theirs, SIZES, SIDE).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_tokens_of_the_cpu() -> None:
     # a head dim that the kernel has
