@@ -437,6 +437,10 @@ def _decoder(model: TokenLlama, **options: object) -> DiagonalDecoder:
         (lambda m: _decoder(m, keep=0), "diagonal: keep must be at least 1 frame, got 0"),
         (lambda m: _decoder(m, row_start="eol"), "diagonal: row_start must be 'eol' where the lay"),
         (
+            lambda m: _decoder(m, row_start="last"),
+            "diagonal: row_start must be one of newest, abov",
+        ),
+        (
             lambda m: DiagonalDecoder(m, Layout(3, 4, 40, first=5), k=1),
             "diagonal: codes must lie in the vocabulary of 41, got [5, 45)",
         ),

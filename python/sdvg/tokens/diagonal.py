@@ -36,6 +36,7 @@ from sdvg.tokens.window import TokenModel, Window
 from sdvg_kernels import TokenGrid
 
 MODES = ("raster", "spatial", "spatiotemporal", "zipar")
+ROW_STARTS = ("newest", "above", "prompt", "eol")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ class DiagonalDecoder:
         self.model, self.layout, self.sampling = model, layout, sampling or Sampling()
         self.k = layout.width if k is None else k
         self.mode = "spatial" if mode == "raster" else mode
+        if row_start not in (None, *ROW_STARTS):
+            raise ValueError(
+                f"diagonal: row_start must be one of {', '.join(ROW_STARTS)}, got {row_start!r}"
+            )
         self.row_start = row_start or ("newest" if layout.eol is None else "eol")
         if (self.row_start == "eol") != (layout.eol is not None):
             raise ValueError(
