@@ -257,6 +257,8 @@ def _actions(given: Sequence[str], frames: int) -> Tensor:
                 f"action: must be FRAME=DIRECTION,SPEED with a frame from 1 to {frames - 1}, "
                 f"got {text!r}; such as 3=up left,quickly"
             )
+        if actions[0, int(place) - 1]:
+            raise ValueError(f"action: must be one for each frame, got another: {text!r}")
         actions[0, int(place) - 1] = ACTIONS.index(way)
     return actions
 

@@ -68,6 +68,10 @@ def test_generate_writes_a_video_its_frames_and_a_report(
             ["--action", "1=up,quickly", "--frames", "1"],
             "action: must be left out where no second frame is, got '1=up,quickly'",
         ),
+        (
+            ["--action", "1=up,quickly", "--action", "1=down,slowly"],
+            "action: must be one for each frame, got another: '1=down,slowly'",
+        ),
         (["--frames", "0"], "tokens: frames must be at least 1, got 0"),
         (["--action", "1=sideways"], "action: must be FRAME=DIRECTION,SPEED with a frame from 1"),
         (["--context", "100"], "diagonal: context must hold at least 280 slots, the prompt and on"),
