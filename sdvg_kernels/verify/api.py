@@ -168,7 +168,7 @@ def verify_chain(
     keys = (seeds, sequences, positions)
     warp = check_common(op, logits, uncond, keys, guidance, temperature, top_k, top_p)
     chosen = require_implementation(
-        op, implementation, _available_tokens(device.type), f"{device.type} tensors"
+        op, implementation, _available(device.type), f"{device.type} tensors"
     )
     depth = check_depth(op, depth, drafted)
     out = torch.ops.sdvg_kernels.verify_chain(
@@ -379,7 +379,7 @@ def _verify(
 ) -> Verified:
     """Run the op that the three functions of trees share."""
     device = logits.device.type
-    available = _available_tokens(device)
+    available = _available(device)
     chosen = require_implementation(op, implementation, available, f"{device} tensors")
     bounds = (float(bounds[0]), float(bounds[1]))
     out = torch.ops.sdvg_kernels.verify_tree(
@@ -422,10 +422,6 @@ def _run(
 _ops.implement("route_blocks", cpu=_run, cuda=_run)
 
 
-def _available_tokens(device: str) -> dict[str, str]:
-    return {"reference": ""}
-
-
 def _run_chain(
     draft: torch.Tensor,
     logits: torch.Tensor,
@@ -447,7 +443,11 @@ def _run_chain(
     tensors = (draft, logits, draft_logits, draft_probs, uncond, draft_uncond)
     keys = Keys(seeds, sequences, positions)
     warp = Warp(guidance, temperature, top_k, top_p)
-    return reference.verify_chain(*tensors, keys, warp, depth=depth)
+    if implementation == "reference":
+        return reference.verify_chain(*tensors, keys, warp, depth=depth)
+    from sdvg_kernels.verify import chain
+
+    return chain.verify_chain(*tensors, keys, warp, depth=depth)
 
 
 def _run_tree(
@@ -477,7 +477,11 @@ def _run_tree(
     warp = Warp(guidance, temperature, top_k, top_p)
     bounds = (first_bound, second_bound)
     tensors = (*tree, logits, uncond, neighbours, keys, warp)
-    return reference.verify_tree(*tensors, depth=depth, rule=rule, bounds=bounds)
+    if implementation == "reference":
+        return reference.verify_tree(*tensors, depth=depth, rule=rule, bounds=bounds)
+    from sdvg_kernels.verify import walk
+
+    return walk.verify_tree(*tensors, depth=depth, rule=rule, bounds=bounds)
 
 
 _ops.implement("verify_chain", cpu=_run_chain, cuda=_run_chain)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
-from sdvg_kernels.verify import config
+from sdvg_kernels.verify import chain, config, rows, walk
 
 
 @triton.jit
@@ -110,7 +110,9 @@ def route_blocks(
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield the shipped configuration for `arch`, by aggregate."""
+    """Yield the shipped configurations of the room for `arch`; of routing by aggregate."""
+    for room in (rows, walk, chain):
+        yield from room.compilations(arch)
     launch = config.ROUTE
     for aggregate in ("min", "mean"):
         yield Compilation(

@@ -79,6 +79,8 @@ class _Walk:
 
     def step(self, level: int, rows: Tensor, found: Tensor, token: Tensor, bad: Tensor) -> None:
         """Go from `level` to the children `found` [R], or end with `token` [R] where that is -1."""
+        # nothing may be left where a draft was never drawn from what it is said to be
+        bad = bad | ((found < 0) & (token < 0))
         ends = (found < 0) | bad
         self.goes[rows[ends]] = False
         self.tokens[rows] = torch.where(bad | ~ends, -1, token)
@@ -123,12 +125,12 @@ def verify_chain(
             inside = (x >= 0) & (x < left.shape[1])
             x = torch.where(inside, x, 0)[:, None]
             chances = left.softmax(1)
-            if draft_probs is not None:
+            if warp.temperature > 0 and draft_probs is not None:
                 guess = draft_probs[rows, level].double()
                 total = guess.sum(1, keepdim=True)
                 wrong = ~((total[:, 0] - 1).abs() <= SUM_TOLERANCE) | ~(guess >= 0).all(1)
                 guess = guess / total
-            elif draft_logits is not None:
+            elif warp.temperature > 0 and draft_logits is not None:
                 guess, wrong = processed(
                     draft_logits[rows, level], _rows(draft_uncond, rows, level), warp
                 )
