@@ -3,9 +3,9 @@
 A pass must do no less than read the weights and the visible cache once: its GB/s are of these
 bytes. Frames are timed by the wall clock, host work included, against raster order in the same loop
 with the same CUDA graphs; what a frame saves in passes stands in its shape. Jacobi decoding, the
-lossless baseline, is timed likewise: how many tokens it keeps a pass is that of random weights, and
-says nothing of trained ones. Sizes: MineWorld's 300M on 14 x 24 tokens with 11 action tokens,
-Cosmos-Predict1 4B on 40 x 64.
+lossless baseline, is timed likewise, but without graphs, as the host reads after each pass how much
+was kept: how many tokens that is belongs to random weights, and says nothing of trained ones.
+Sizes: MineWorld's 300M on 14 x 24 tokens with 11 action tokens, Cosmos-Predict1 4B on 40 x 64.
 """
 
 from __future__ import annotations
