@@ -55,7 +55,7 @@ def test_make_targets_stand_in_the_makefile() -> None:
 
 def test_it_opens_with_the_two_commands() -> None:
     assert README.split("```")[1].startswith("bash\nmake demo")
-    assert len(README.splitlines()) <= 140
+    assert len(README.splitlines()) <= 160
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))

@@ -332,10 +332,19 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def digest(folder: Path) -> str:
-    """Return 12 hex digits that name the models in `folder`: weights, configs and tokenizer."""
+def digest(folder: Path, *parts: str) -> str:
+    """Return 12 hex digits that name the models in `folder`: weights, configs and tokenizer.
+
+    `parts` are the folders inside that count; none: all.
+    """
     whole = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
+    inside = [folder / part for part in parts] or [folder]
+    for file in sorted(
+        file
+        for part in inside
+        for kind in ("safetensors", "json")
+        for file in part.rglob(f"*.{kind}")
+    ):
         whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return whole.hexdigest()[:12]
 

@@ -145,7 +145,8 @@ def sweep(args: argparse.Namespace) -> int:
         videos(line)
     device = loaded[False][0].model.device
     settings: Mapping[str, object] = {
-        "weights": digest(tokens.FOLDER), "sampling": dataclasses.asdict(sampling),
+        "weights": digest(tokens.FOLDER, "vq", "model", "diagonal"),
+        "sampling": dataclasses.asdict(sampling),
         "dtype": args.dtype, "row start": args.row_start or "newest", "torch": torch.__version__,
         "machine": env.gpu() if device.type == "cuda" else env.processor(),
         "threads": torch.get_num_threads(),

@@ -203,8 +203,10 @@ def write(folder: Path, rows: Sequence[Row], about: str) -> list[Path]:
         writer.writerow(COLUMNS)
         writer.writerows(_cells(row) for row in rows)
     partial["diagonal.md"].write_text(_table(rows, about), encoding="utf-8")
+    kinds = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
     for name, figure in figures.items():
-        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        # frames are pixels: drawn as curves they are no sharper, and larger
+        for kind, options in kinds.items() if name == "diagonal" else [("png", kinds["png"])]:
             partial[f"{name}.{kind}"] = folder / f"{name}.{kind}.partial"
             figure.savefig(partial[f"{name}.{kind}"], format=kind, **options)
     for name, path in partial.items():
@@ -238,12 +240,14 @@ def plot(rows: Sequence[Row]) -> Figure:
                 f"k={row.line.k}", (row.passes, row.quality), xytext=(4, 5),
                 textcoords="offset points", fontsize=7, color=colours.get(mode, "#a8a8a8"),
             )  # fmt: skip
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("passes of the model per video")
     axes.set_ylabel("quality (judge, 0 to 1)")
     axes.set_title(f"Quality against passes, {rows[0].videos} prompts, 95% confidence", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    # the curves leave no corner free
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 

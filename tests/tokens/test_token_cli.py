@@ -19,6 +19,8 @@ pytest.importorskip("av", reason="the videos are PyAV's")
 
 from sdvg import token_sweep as room
 from sdvg.cli import main
+from sdvg.models.embedded import tokens as embedded
+from sdvg.sweep import digest
 from sdvg.token_cli import ORDERS
 from sdvg.token_sweep import COLUMNS, Line, lines, summarise, sweep, write
 from sdvg.tokens.embedded import Shown
@@ -221,8 +223,7 @@ def test_sweep_writes_the_table_the_plot_and_the_frames(tmp_path: Path) -> None:
     rows = run(tmp_path)
     files = write(tmp_path, rows, "About this run.")
     assert sorted(path.name for path in files) == [
-        "diagonal-frames.png", "diagonal-frames.svg", "diagonal.csv", "diagonal.md",
-        "diagonal.png", "diagonal.svg",
+        "diagonal-frames.png", "diagonal.csv", "diagonal.md", "diagonal.png", "diagonal.svg",
     ]  # fmt: skip
     with (tmp_path / "diagonal.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -268,3 +269,33 @@ def test_rates_and_shares_are_against_raster() -> None:
     assert spatial.tokens_per_second == 2000
     assert (raster.kept, spatial.kept) == (1, pytest.approx(0.75))
     assert spatial.kept_low == spatial.kept_high == pytest.approx(0.75)
+
+
+def test_the_committed_table_is_of_the_shipped_weights_and_says_what_the_readme_says() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "digits"
+    weights = digest(embedded.FOLDER, "vq", "model", "diagonal")
+    assert f"weights {weights}" in (folder / "diagonal.md").read_text(), (
+        "the weights changed: run `sdvg tokens sweep --prompts 20` again"
+    )
+    with (folder / "diagonal.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert tuple(table[0]) == COLUMNS
+    assert {row["mode"] for row in table} == {"raster", "spatial", "spatiotemporal", "zipar", "scd"}
+    raster, *others = table
+    assert (raster["mode"], raster["passes"]) == ("raster", "2048")
+    # an eighth of the passes, fine-tuned: 98% of the quality
+    assert any(
+        row["tuned"] == "true"
+        and int(row["passes"]) * 8 <= 2048
+        and float(row["quality"]) >= 0.98 * float(raster["quality"])
+        for row in others
+    )
+    # passes are those of the closed forms
+    for row in others:
+        k, mode = int(row["k"]), row["mode"]
+        closed = {
+            "spatial": 8 * (15 * k + 16),
+            "spatiotemporal": (8 * 16 - 1) * k + 16,
+            "zipar": 8 * (2 * 16 + 14 * k),
+        }
+        assert mode == "scd" or int(row["passes"]) == closed[mode], row
