@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from sdvg_kernels import (
     _ops,
     block_causal_attention,
+    build_tree,
     commit_,
     compact_,
     diagonal_attention,
     diagonal_mask,
     diagonal_schedule,
+    expand_tree,
     gated_residual_layer_norm,
     implementations,
     norm_rope,
@@ -297,6 +299,7 @@ def main() -> int:
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
         failed |= not _report(f"sample_tokens {lane.name}", _check_sampling, lane)
+        failed |= not _report(f"expand_tree, build_tree {lane.name}", _check_tree, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
         cache_lanes += [("reference", "cuda")]
@@ -498,6 +501,21 @@ def _check_sampling(lane: Lane) -> None:
     keys = {name: key.to(lane.device) for name, key in keys.items()}
     got = sample_tokens(logits, uncond=uncond, **keys, **warp, implementation=lane.implementation)
     assert torch.equal(got.cpu(), want), f"tokens are {got.tolist()}, not {want.tolist()}"
+
+
+def _check_tree(lane: Lane) -> None:
+    """Assert that a level of candidates and their tree are the reference's on the CPU."""
+    logits = torch.randn(2, 5, 700, generator=torch.Generator().manual_seed(0))
+
+    def run(how: str, where: str) -> list[torch.Tensor]:
+        tokens, scores, beams = expand_tree(logits.to(where), top_k=4, implementation=how)
+        found = (beams[:, 0], tokens, scores, torch.full_like(tokens, -1))
+        return [tokens, beams, *build_tree(*found, size=9, implementation=how)]
+
+    for got, want in zip(
+        run(lane.implementation, lane.device), run("reference", "cpu"), strict=True
+    ):
+        assert torch.equal(got.cpu(), want), "a level or its tree is not the reference's"
 
 
 def _check_cache(implementation: str, device: str) -> None:

@@ -1,7 +1,4 @@
-"""Token trees: what one is, and how a drafter's level by level candidates become one.
-
-kernel.py and config.py follow: until then the reference alone runs.
-"""
+"""Token trees: what one is, and how a drafter's level by level candidates become one."""
 
 from sdvg_kernels.tree.api import build_tree, expand_tree
 from sdvg_kernels.tree.token_tree import TokenTree

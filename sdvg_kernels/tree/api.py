@@ -53,7 +53,7 @@ def expand_tree(
     is never above its beam's.
 
     Args:
-        logits: [B, W, V] floating, any strides, W >= 1, 1 <= V < 2^31; float64 is rounded to
+        logits: [B, W, V] floating, any strides, W >= 1, 1 <= V < 2^30; float64 is rounded to
             float32.
         scores: [B, W] float32: cumulative log-probabilities of the beams; None: 0, as the root's.
         top_k: K, 1 to 16 and at most 1024 / W.
@@ -75,8 +75,8 @@ def expand_tree(
     check = functools.partial(require, "expand_tree")
     check_type = functools.partial(require_dtype, "expand_tree")
     shape, device = logits.shape, logits.device
-    good = len(shape) == 3 and shape[1] > 0 and 0 < shape[2] < 2**31
-    check(good, "logits", "be [B, W, V] with W >= 1 and 1 <= V < 2^31", shape)
+    good = len(shape) == 3 and shape[1] > 0 and 0 < shape[2] < 2**30
+    check(good, "logits", "be [B, W, V] with W >= 1 and 1 <= V < 2^30", shape)
     check_type(logits.dtype.is_floating_point, "logits", "be floating", logits.dtype)
     most = min(MOST_CHILDREN, MOST_CANDIDATES // shape[1])
     check(most > 0, "logits", f"have at most {MOST_CANDIDATES} beams", shape[1])
