@@ -188,6 +188,20 @@ def test_a_draft_stays_where_rounding_alone_is_between_two_laws(model: TokenLlam
     assert (drawn[:, 0] == 0).all()
 
 
+def test_attention_by_the_op_gives_the_tokens_of_a_mask(model: TokenLlama) -> None:
+    by_op = TokenLlama(SIZES).double()
+    by_op.load_state_dict(model.state_dict())
+    by_op.masked = False
+    prompts, actions = torch.tensor([[0, 5], [1, 3]]), torch.tensor([[[1]], [[0]]])
+    found = []
+    for one in (model, by_op.eval().requires_grad_(False)):
+        decoder = JacobiDecoder(one, Layout(3, 4, 3, first=2, extra=1), window=5)
+        run = decoder.generate(prompts, frames=2, actions=actions)
+        list(run)
+        found.append(run.codes)
+    assert torch.equal(*found)
+
+
 def test_a_video_goes_on_outside_of_a_callers_inference_mode(model: TokenLlama) -> None:
     prompts = torch.tensor([[0, 5]])
     decoder = JacobiDecoder(model, Layout(3, 4, 3, first=2), window=4)
