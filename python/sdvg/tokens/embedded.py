@@ -76,8 +76,6 @@ class EmbeddedVideos:
             self.decoder = JacobiDecoder(model, layout, coupled=JACOBI[mode], **options)
         else:
             self.decoder = DiagonalDecoder(model, layout, mode=mode, k=k, **options)
-        # the newest one
-        self.running: Generation | JacobiGeneration | None = None
 
     def generate(
         self,
@@ -116,7 +114,7 @@ class EmbeddedVideos:
                 return self._ids(ask(frame, rows))
 
         guided = self.decoder.sampling.guidance != 1
-        self.running = self.decoder.generate(
+        running = self.decoder.generate(
             models.prompts(prompts),
             frames=frames,
             uncond=models.prompts([""] * batch) if guided else None,
@@ -124,7 +122,7 @@ class EmbeddedVideos:
             seed=seed,
             sequences=sequences,
         )
-        return self._shown(self.running)
+        return self._shown(running)
 
     def _shown(self, running: Generation | JacobiGeneration) -> Iterator[Shown]:
         there: Counter[int] = Counter()
