@@ -1,9 +1,9 @@
 # make demo · make test · make lint · make codegen · make bench · make report: the set-up is done on the first call
 # make gpu: everything that needs a GPU, with the Python and torch that are there, without a network
-# (its parts: make gpu-build · make gpu-kernels · make gpu-models · make gpu-bench)
+# (its parts: make gpu-build · gpu-kernels · gpu-models · gpu-bench · gpu-bench-tokens)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint codegen bench report clean
-.PHONY: gpu gpu-build gpu-kernels gpu-models gpu-bench
+.PHONY: gpu gpu-build gpu-kernels gpu-models gpu-bench gpu-bench-tokens
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -73,7 +73,7 @@ report: setup
 # a part that fails does not keep the next from running, it fails the target at the end. Each part is
 # a target too, and ends within ten minutes: for machines that are lent for some minutes at a time
 gpu: gpu-build
-	@failed=0; for part in gpu-kernels gpu-models gpu-bench; do \
+	@failed=0; for part in gpu-kernels gpu-models gpu-bench gpu-bench-tokens; do \
 	  $(MAKE) --no-print-directory $$part || failed=1; \
 	done; exit $$failed
 
@@ -103,7 +103,10 @@ gpu-models: gpu-build
 	@$(GPU_TEST) tests --ignore=tests/kernels
 
 gpu-bench: gpu-build
-	@$(GPU_ENV) $(PYTHON) -m benchmarks.run_all
+	@$(GPU_ENV) $(PYTHON) -m benchmarks.run_all --part video
+
+gpu-bench-tokens: gpu-build
+	@$(GPU_ENV) $(PYTHON) -m benchmarks.run_all --part tokens
 
 clean:
 	rm -rf build $(BUILT) sdvg_kernels/_C*.so

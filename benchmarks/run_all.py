@@ -1,4 +1,4 @@
-"""Run all benchmarks, each in its own process: `python -m benchmarks.run_all [--quick]`.
+"""Run all benchmarks, each in its own process: `python -m benchmarks.run_all [--part P] [--quick]`.
 
 A benchmark that fails, crashes the driver's context or hangs takes no other with it; what it had
 measured is already written. The exit code is 1 if any of them failed.
@@ -16,8 +16,14 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 
-# seconds after which a benchmark begins no further case; together with the starts of the processes,
-# 10 s each, and last cases they end within ten minutes
+# of token models; all others are of video models. A part ends within ten minutes
+TOKENS = (
+    "diagonal", "masked", "sampling", "speculate", "tokens", "tree", "tree_attention", "tree_step",
+    "verify",
+)  # fmt: skip
+PARTS = ("video", "tokens")
+# seconds after which a benchmark begins no further case; a part's, with the starts of its
+# processes, 10 s each, and last cases, are ten minutes
 BUDGETS = {
     "bench_attention": 80.0, "bench_cache": 30.0, "bench_loop": 45.0, "bench_tokens": 25.0,
     "bench_vae": 40.0,
@@ -28,10 +34,14 @@ BUDGET = 15.0
 GRACE = 60.0
 
 
-def budgets() -> dict[str, float]:
-    """Return each benchmark (a file bench_*.py in this folder) and its seconds."""
+def budgets(*parts: str) -> dict[str, float]:
+    """Return each benchmark (a file bench_*.py in this folder) of the parts, and its seconds."""
     found = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
-    return {name: BUDGETS.get(name, BUDGET) for name in found}
+    return {
+        name: BUDGETS.get(name, BUDGET)
+        for name in found
+        if PARTS[name.removeprefix("bench_") in TOKENS] in (parts or PARTS)
+    }
 
 
 def run(name: str, arguments: Sequence[str], limit: float) -> int:
@@ -52,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/<gpu>)")
+    parser.add_argument("--part", choices=PARTS, action="append", default=[], help="default: all")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     given = parser.parse_args(arguments)
     passed = ["--device", given.device] + (["--quick"] if given.quick else [])
@@ -59,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         passed += ["--out", str(given.out)]
 
     ends: dict[str, int] = {}
-    for name, budget in budgets().items():
+    for name, budget in budgets(*given.part).items():
         began = time.monotonic()
         print(f"== {name}", flush=True)
         ends[name] = run(name, [*passed, "--budget", str(budget)], budget + GRACE)

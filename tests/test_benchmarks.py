@@ -166,7 +166,7 @@ def test_one_failed_benchmark_fails_the_run_but_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes = iter([0, 3, 0])
-    monkeypatch.setattr(run_all, "budgets", lambda: dict.fromkeys("abc", 1.0))
+    monkeypatch.setattr(run_all, "budgets", lambda *_: dict.fromkeys("abc", 1.0))
     monkeypatch.setattr(run_all, "run", lambda *_: next(codes))
     assert run_all.main(["--device", "cpu"]) == 1
     assert "failed with exit code 3" in capsys.readouterr().out
@@ -177,11 +177,18 @@ def test_a_benchmark_that_hangs_is_ended() -> None:
     assert run_all.run("harness", [], 0.01) == 124
 
 
-def test_all_budgets_together_end_within_ten_minutes() -> None:
-    budgets = run_all.budgets()
-    assert set(run_all.BUDGETS) <= set(budgets)
+@pytest.mark.parametrize("part", run_all.PARTS)
+def test_all_budgets_of_a_part_end_within_ten_minutes(part: str) -> None:
+    budgets = run_all.budgets(part)
     # a process takes 10 s to start, and a last case some beyond the budget
     assert sum(budgets.values()) + 20 * len(budgets) <= 10 * 60
+
+
+def test_each_benchmark_is_of_one_part() -> None:
+    parts = [run_all.budgets(part) for part in run_all.PARTS]
+    assert all(parts)
+    assert run_all.budgets() == {name: budget for part in parts for name, budget in part.items()}
+    assert set(run_all.BUDGETS) <= set(run_all.budgets())
 
 
 def test_without_git_the_version_follows_the_sources(
