@@ -244,6 +244,27 @@ TARGETS = (
         least=0.8,
     ),
     Target(
+        "an image of LlamaGen-XL's size by EAGLE-2, 1.22 tokens a pass, against our raster order",
+        "above 1.0x",
+        lambda row: row.op == "token image" and row.implementation == "EAGLE-2",
+        _ratio,
+        least=1.0,
+    ),
+    Target(
+        "the same by VVS, every other step skipped",
+        "0.85 of the fewer passes",
+        lambda row: row.op == "token image" and row.implementation == "VVS",
+        _share_of_passes,
+        least=0.85,
+    ),
+    Target(
+        "drafted trees, verification and compaction of a speculative step",
+        "a 20th of the step",
+        _ops("speculative step"),
+        _against("a step"),
+        least=20.0,
+    ),
+    Target(
         "commit_, rollback_ without undo, 40 layers",
         "under 3 us",
         _ops("commit_", "rollback_ of nothing"),

@@ -144,7 +144,8 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
     planned += [row(op, "B=64", "cuda", 1.0) for op in ("commit_", "select_")]
     counts = {target.what: sum(map(target.about, planned)) for target in TARGETS}
     elsewhere = {"rope", "modulation", "frames", "quantize"}
-    elsewhere |= {what for what in counts if what.startswith(("a ", "SDVG", "norm and SiLU"))}
+    others = ("a ", "an ", "drafted trees", "SDVG", "norm and SiLU")
+    elsewhere |= {what for what in counts if what.startswith(others)}
     # a line "the same" is about what the line above it is about
     assert {what: count for what, count in counts.items() if what[:8] != "the same"} == {
         "attention bf16, H=12, B=1, T=4680, S 4680 to 32760": 4,
@@ -209,6 +210,29 @@ def test_the_target_of_token_frames_reads_how_many_fewer_passes_there_are() -> N
     assert judged == [
         ("0.8 of the fewer passes", 0.925, True),
         ("0.8 of the fewer passes", 0.73, False),
+    ]
+
+
+def test_targets_of_speculation_read_its_rows() -> None:
+    image = "LlamaGen-XL 32x32"
+    step = "LlamaGen-XL nodes=59 levels=5 beams=10 B=1"
+    rows = [
+        row("token image", f"{image} EAGLE-2 passes=840 raster=1024", "EAGLE-2", 1.0, ratio=1.1),
+        row("token image", f"{image} LANTERN passes=560 raster=1024", "LANTERN", 1.0, ratio=1.5),
+        row("token image", f"{image} VVS passes=512 raster=1024", "VVS", 1.0, ratio=1.6),
+        row("speculative step", step, "trees, verification, compaction", 30.0),
+        row("speculative step", step, "a step", 660.0, peer=True),
+    ]
+    judged = [
+        (target.bound, round(found[0], 3), found[1])
+        for target in TARGETS
+        for entry in rows
+        if (found := target.judge(entry, rows))
+    ]
+    assert judged == [
+        ("above 1.0x", 1.1, True),
+        ("0.85 of the fewer passes", 0.8, False),
+        ("a 20th of the step", 22.0, True),
     ]
 
 
