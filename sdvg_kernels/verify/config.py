@@ -59,7 +59,7 @@ class SumLaunch:
 SUMS = SumLaunch(2048, 4, "not measured; 16 values a thread, a drafter's rows are few")
 # siblings that a row's children are compared with at once: a tile of 64 x 8 is small beside a row
 SIBLINGS = 8
-ROW_BUDGET = Budget(registers=136)
+ROW_BUDGET = Budget(registers=168)
 # one program a sequence: there is room for as many registers as ptxas likes
 WALK_BUDGET = Budget(registers=192)
 

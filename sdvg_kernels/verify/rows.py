@@ -49,7 +49,7 @@ def _entropy(
         o_v = i_v + tl.arange(0, BR)
         b_t = _warp.guided(p_c, p_u, o_v, o_v < V, stride_cv, stride_uv, guidance, HAS_UNCOND)
         b_w = _warp.weight(b_t, least, top, inverse_temperature)
-        b_e += tl.where(b_w > 0, b_w * (top - b_t) * inverse_temperature, 0.0)
+        b_e += b_w * tl.where(b_w > 0, top - b_t, 0.0) * inverse_temperature
     return tl.log(mass) + tl.sum(b_e, 0) / mass
 
 
