@@ -319,3 +319,83 @@ def test_what_cannot_be_says_why(options: dict[str, object], sentence: str) -> N
         pytest.skip("a GPU has graphs")
     with pytest.raises(ValueError, match=sentence):
         decoder(**options)
+
+
+def on_gpu(dtype: torch.dtype, **options: object) -> SpeculativeDecoder:
+    """Return a decoder of models on a GPU, with heads that the kernels serve."""
+    torch.manual_seed(0)
+    sizes = LlamaSizes(2, 128, 4, 2, 64, 96, CODES + WORDS)
+    target = TokenLlama(sizes).to("cuda", dtype).eval().requires_grad_(False)
+    target.head.weight.mul_(6)
+    drafter = EagleDrafter(LlamaSizes(1, 128, 4, 2, 64, 96, CODES + WORDS))
+    how = {"depth": 3, "top_k": 3, "nodes": 9, "sampling": SAMPLING, **options}
+    return SpeculativeDecoder(
+        target, drafter.to("cuda", dtype).eval().requires_grad_(False), LAYOUT, **how
+    )
+
+
+def made_on_gpu(how: SpeculativeDecoder, seed: int = 7) -> Tensor:
+    """Return the codes of two sequences."""
+    given, between = prompts(2).cuda(), actions(2, 3).cuda()
+    made = how.generate(given, frames=3, uncond=given.flip(1), actions=between, seed=seed)
+    for _ in made:
+        pass
+    return made.codes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+@pytest.mark.parametrize("verification", VERIFICATIONS, ids=["exact", "coin", "l", "l++", "typ"])
+def test_graphs_replay_what_runs_without_them(
+    verification: Callable[[], object], skip: Uniform | Dynamic | None
+) -> None:
+    rule = verification()
+    if isinstance(rule, Relaxed):
+        rule = Relaxed(rule.neighbours.cuda(), delta=rule.delta, ratio=rule.ratio)
+    options = {"verification": rule, "skip": skip, "codebook": codebook().cuda()}
+    captured = on_gpu(torch.bfloat16, **options)
+    for seed in (7, 7, 8):
+        expected = made_on_gpu(on_gpu(torch.bfloat16, **options, graphs=False), seed)
+        assert torch.equal(made_on_gpu(captured, seed), expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_raster_orders_tokens() -> None:
+    # in float64, where no order of sums decides a token
+    how = on_gpu(torch.float64)
+    how.model.masked = how.drafter.masked = True
+    given, between = prompts(2).cuda(), actions(2, 3).cuda()
+    plain = DiagonalDecoder(how.model, LAYOUT, mode="raster", sampling=SAMPLING).generate(
+        given, frames=3, uncond=given.flip(1), actions=between, seed=7
+    )
+    for _ in plain:
+        pass
+    assert torch.equal(made_on_gpu(how), plain.codes)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_once_a_step() -> None:
+    how = on_gpu(torch.bfloat16)
+    made_on_gpu(how)
+    given, between = prompts(2).cuda(), actions(2, 3).cuda()
+    run = how.generate(given, frames=3, uncond=given.flip(1), actions=between)
+    run.step()
+    waits, before = 0, Tensor.tolist
+
+    def tolist(tensor: Tensor) -> object:
+        nonlocal waits
+        waits += tensor.is_cuda
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return before(tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    torch.cuda.set_sync_debug_mode("error")
+    Tensor.tolist = tolist
+    try:
+        ended = [run.step() for _ in range(4)]
+    finally:
+        Tensor.tolist = before
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == 4 + sum(map(bool, ended))
