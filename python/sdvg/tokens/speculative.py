@@ -370,9 +370,11 @@ class SpeculativeGeneration(Iterator[Frame]):
                 ended.setdefault(self._done[row], []).append(row)
                 self._done[row] += 1
         for frame, rows in sorted(ended.items()):
-            codes = trees.frame(frame, rows)
+            # a list as an index is uploaded from pageable memory, and the host waits
+            where = move(torch.tensor(rows), self.codes.device)
+            codes = trees.frame(frame, where)
             require_tokens(codes, frame, [self._names[row] for row in rows], op=_OP)
-            self.codes[rows, frame] = codes
+            self.codes[where, frame] = codes
             self.clock.end(frame)
             if not layout.extra or frame + 1 == self.frames or isinstance(self._actions, Tensor):
                 continue
