@@ -3,21 +3,17 @@
     sees[q, s] = s <= slot[q] and (s == slot[q] or s holds no token of a grid or pass(s) < step[q])
     out[q]     = softmax(scale q K^T) V over what q sees
 
-Attention is that of a few rows over many keys. A program owns a tile of BT rows, row r = entry
-r // PACK of head r % PACK of the heads that share keys, and a run of key tiles, with the online
-softmax in base 2 (FlashAttention-2, arXiv 2307.08691). Up to the first token that is not decoded
-everything is seen: those tiles, the *interior*, are not masked. What is behind, some rows of the
-grid, is the *edge*: who sees what is found per key, and what no entry sees is not loaded. The edge
-comes first in the numbering that splits share out. A row's own slot, seen even where a stand-in
-lies, is left out of the tiles: the softmax starts with it. The parts of a split are combined as
-_combine.py says.
+Rows, tiles, softmax and splits are those of _fold.py. Up to the first token that is not decoded
+everything is seen: the interior. What is behind, some rows of the grid, is the edge: who sees what
+is found per key, and what no entry sees is not loaded. A row's own slot, seen even where a stand-in
+lies, is left out of the tiles: the softmax starts with it.
 
 Layout: query, out [B, T, H, D]; caches [Bc, S, Hk, D]; slots, steps [B, T]; part [NS, B, T, H, BD];
 part_lse [NS, B, H, T] in base 2.
 """
 
 # a Triton kernel's arguments have no Python types
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
@@ -32,8 +28,8 @@ import triton.language as tl
 
 from sdvg_kernels import _combine
 from sdvg_kernels._budget import Compilation
-from sdvg_kernels._check import message
-from sdvg_kernels._combine import combine_parts, combine_rows
+from sdvg_kernels._combine import combine_parts
+from sdvg_kernels._fold import fold, key_tiles, place, require_strides, store_rows
 from sdvg_kernels._tickets import take
 from sdvg_kernels.diagonal import config
 from sdvg_kernels.diagonal.mask import mask_compilations
@@ -45,81 +41,6 @@ _FAR = tl.constexpr(2**30)
 # bf16 dots are wrong in Triton's interpreter: it upcasts them
 _INTERPRETED = triton.knobs.runtime.interpret
 _SIZES = ("B", "T", "S", "H", "num_splits", *GRID)
-
-
-@triton.jit
-def _attend(
-    b_q,
-    b_m,
-    b_l,
-    b_o,
-    p_k,
-    p_v,
-    stride_ks,
-    stride_vs,
-    s0,
-    o_slot,
-    o_step,
-    o_at,
-    m_k,
-    scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BS: tl.constexpr,
-    MASKED: tl.constexpr,
-    UPCAST_DOT: tl.constexpr,
-):
-    """Fold the slots [s0, s0 + BS) into the softmax; if MASKED, those of m_k [BS] that a row sees.
-
-    o_at are their tokens' passes.
-    """
-    # [BS]
-    o_s = tl.arange(0, BS)
-    o_d = tl.arange(0, BD)
-    p_k += tl.cast(s0, tl.int64) * stride_ks
-    p_v += tl.cast(s0, tl.int64) * stride_vs
-    # [BS, BD]
-    p_k = p_k + (o_s[:, None] * stride_ks + o_d[None, :])
-    p_v = p_v + (o_s[:, None] * stride_vs + o_d[None, :])
-    if MASKED:
-        # what no row sees may be NaN, and 0 x NaN is NaN: it is not loaded
-        m_d = m_k[:, None]
-        if D < BD:
-            m_d = m_d & (o_d < D)[None, :]
-        b_k = tl.load(p_k, mask=m_d, other=0.0)
-        b_v = tl.load(p_v, mask=m_d, other=0.0)
-    elif D < BD:
-        b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
-        b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        b_k = tl.load(p_k)
-        b_v = tl.load(p_v)
-
-    # [BT, BS]
-    if UPCAST_DOT:
-        b_x = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32)), input_precision="ieee")
-    else:
-        b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_x = b_x * scale
-    if MASKED:
-        m_x = (s0 + o_s)[None, :] < o_slot[:, None]
-        m_x = m_x & m_k[None, :] & (o_at[None, :] < o_step[:, None])
-        b_x = tl.where(m_x, b_x, float("-inf"))
-
-    # [BT]
-    b_n = tl.maximum(b_m, tl.max(b_x, 1))
-    # a row that has seen nothing yet: -inf - -inf is NaN
-    b_z = tl.where(b_n == float("-inf"), 0.0, b_n) if MASKED else b_n
-    b_p = tl.exp2(b_x - b_z[:, None])
-    b_a = tl.exp2(b_m - b_z)
-    b_l = b_l * b_a + tl.sum(b_p, 1)
-    b_o = b_o * b_a[:, None]
-    if UPCAST_DOT:
-        b_p = b_p.to(b_v.dtype).to(tl.float32)
-        b_o = tl.dot(b_p, b_v.to(tl.float32), b_o, input_precision="ieee")
-    else:
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
-    return b_n, b_l, b_o
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -181,12 +102,8 @@ def diagonal_kernel(
 ):
     """Write out [B, T, H, D]; if IS_SPLIT, parts of it, combined here if BN > 0."""
     grid = (prefix, height, width, row_stride, frame_stride, k, lead, frame_passes)
-    # row tiles that read the same keys are neighbours: they share them in L2
     R = T * PACK
-    n_t = tl.cdiv(R, BT)
-    i_t = tl.program_id(0) % n_t
-    i_n = (tl.program_id(0) // n_t) % num_splits
-    i_bh = tl.program_id(0) // (n_t * num_splits)
+    i_t, i_n, i_bh = place(R, BT, num_splits)
     i_b = i_bh // (H // PACK)
     i_h = i_bh % (H // PACK)
 
@@ -212,18 +129,7 @@ def diagonal_kernel(
     if not IS_PUBLISHED:
         earliest = tl.min(tl.where(m_r, o_step, _FAR), 0)
         full = tl.minimum(full, first_undecoded(earliest, S, grid))
-    # tiles [low, n): one that the padding cuts, the interior up to `high`, the edge
-    n = tl.cdiv(tl.maximum(stop, 0), BS)
-    low = tl.minimum(first // BS, n)
-    cut = ((first % BS != 0) & (low < n)).to(tl.int32)
-    high = tl.minimum(tl.maximum(full // BS, low + cut), n)
-    n_edge = cut + n - high
-    n_tile = n - low
-    # shares that differ by one tile at most: no program is left with the rest
-    share = n_tile // num_splits
-    more = n_tile % num_splits
-    u_first = i_n * share + tl.minimum(i_n, more)
-    u_stop = u_first + share + (i_n < more).to(tl.int32)
+    low, cut, high, n_edge, u_first, u_stop = key_tiles(first, full, stop, i_n, num_splits, BS)
 
     if D % 16 != 0:
         # the launcher's promise: loads of 8 bytes
@@ -269,7 +175,9 @@ def diagonal_kernel(
         if not IS_PUBLISHED:
             o_at = decoded_in(o_s, grid)
         m_k = (o_s >= first) & (o_s < stop) & (o_at < latest)
-        b_m, b_l, b_o = _attend(
+        m_x = (o_s[None, :] < o_slot[:, None]) & m_k[None, :]
+        m_x = m_x & (o_at[None, :] < o_step[:, None])
+        b_m, b_l, b_o = fold(
             b_q,
             b_m,
             b_l,
@@ -279,10 +187,8 @@ def diagonal_kernel(
             stride_ks,
             stride_vs,
             s0,
-            o_slot,
-            o_step,
-            o_at,
             m_k,
+            m_x,
             scale,
             D,
             BD,
@@ -291,7 +197,7 @@ def diagonal_kernel(
             UPCAST_DOT,
         )
     for u in range(tl.maximum(u_first, n_edge), u_stop):
-        b_m, b_l, b_o = _attend(
+        b_m, b_l, b_o = fold(
             b_q,
             b_m,
             b_l,
@@ -301,8 +207,6 @@ def diagonal_kernel(
             stride_ks,
             stride_vs,
             (low + cut + u - n_edge) * BS,
-            None,
-            None,
             None,
             None,
             scale,
@@ -315,53 +219,33 @@ def diagonal_kernel(
 
     # padding went through the interior too, and so may rows that end before the padding
     m_seen = m_r & (o_slot >= first) & (b_l != 0.0)
-    b_l = tl.where(m_seen, b_l, 1.0)
-    b_o = tl.where(m_seen[:, None], b_o / b_l[:, None], 0.0)
-    if IS_SPLIT:
-        i_nb = tl.cast(i_n, tl.int64) * B + i_b
-        p_p = part + ((i_nb * T + o_i) * H + o_h)[:, None] * BD + o_d[None, :]
-        tl.store(p_p, b_o, mask=m_i[:, None])
-        b_x = tl.where(m_seen, b_m + tl.log2(b_l), float("-inf"))
-        tl.store(part_lse + (i_nb * H + o_h) * T + o_i, b_x, mask=m_i)
-    else:
-        p_o = out + b_i * stride_ob + o_h.to(tl.int64)[:, None] * stride_oh
-        p_o += o_i.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
-        m_o = m_i[:, None]
-        if D < BD:
-            m_o = m_o & (o_d < D)[None, :]
-        tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_o)
-    if BN > 0:
-        # all threads' stores come before the ticket, and the ticket before the last one's loads
-        tl.debug_barrier()
-        p_ticket = tickets + i_bh * n_t + i_t
-        ticket = tl.atomic_add(p_ticket, 1, sem="acq_rel")
-        if ticket == num_splits - 1:
-            # for the next launch, or the next replay
-            tl.store(p_ticket, 0)
-            # _combine.choose and MOST_TILES keep the parts within 32-bit offsets
-            for i_r in range(i_t * BT, tl.minimum(i_t * BT + BT, R), BR):
-                o_p = i_r + tl.arange(0, BR)
-                combine_rows(
-                    part,
-                    part_lse,
-                    out,
-                    out,
-                    stride_ob,
-                    stride_ot,
-                    stride_oh,
-                    B,
-                    T,
-                    H,
-                    num_splits,
-                    i_b,
-                    o_p // PACK,
-                    i_h * PACK + o_p % PACK,
-                    o_p < R,
-                    BD,
-                    D,
-                    BN,
-                    False,
-                )
+    store_rows(
+        b_m,
+        b_l,
+        b_o,
+        m_seen,
+        out,
+        part,
+        part_lse,
+        tickets,
+        stride_ob,
+        stride_ot,
+        stride_oh,
+        B,
+        T,
+        H,
+        num_splits,
+        i_bh,
+        i_t,
+        i_n,
+        PACK,
+        D,
+        BD,
+        BT,
+        BR,
+        BN,
+        IS_SPLIT,
+    )
 
 
 def diagonal_attention(
@@ -386,17 +270,7 @@ def diagonal_attention(
         return out
     pack = heads // heads_cached
     launch = config.choose(_capability(query.device), dim, query.dtype, rows * pack)
-    # offsets within a tile are 32 bits wide
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        stride = cache.stride(1)
-        if stride * launch.BS >= 2**31:
-            rule = f"have a slot stride below {2**31 // launch.BS} for Triton"
-            raise NotImplementedError(message("diagonal_attention", name, rule, stride))
-    for name, tensor in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if dim % 16 and any(stride % 4 for stride in tensor.stride()[:3]):
-            rule = f"have strides that are multiples of 4 for Triton at head dim {dim}"
-            got, remedy = tensor.stride(), "call .contiguous()"
-            raise NotImplementedError(message("diagonal_attention", name, rule, got, remedy))
+    require_strides("diagonal_attention", query, k_cache, v_cache, launch.BS)
     tiles = batch * heads_cached * triton.cdiv(rows * pack, launch.BT)
     if num_splits is None:
         key_tiles = triton.cdiv(size, launch.BS)

@@ -1,7 +1,4 @@
-"""Attention of a chain and a token tree over a cache, by a bit-packed mask.
-
-For now there is no kernel.py and no config.py: the reference serves every device.
-"""
+"""Attention of a chain and a token tree over a cache, by a bit-packed mask."""
 
 from sdvg_kernels.masked.api import tree_attention
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 
 import torch
 
 from sdvg_kernels import _ops
-from sdvg_kernels._check import require, require_dtype, require_implementation
+from sdvg_kernels._check import (
+    by_preference,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
 from sdvg_kernels.masked import reference
 
+HEAD_DIMS = (64, 100, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LOG = logging.getLogger("sdvg_kernels")
 
 
 def tree_attention(
@@ -57,8 +66,9 @@ def tree_attention(
             None: 0.
         softmax_scale: factor on the logits; None: `D ** -0.5`.
         num_splits: parts of the keys, a program each; None: by the shapes.
-        implementation: "reference"; one that is asked for never falls back. None: the first that
-            can run.
+        implementation: "triton" or "reference"; one that is asked for never falls back. None:
+            Triton on CUDA for head dims 64, 100 and 128, else the reference, and a warning is
+            logged.
 
     Returns: [B, T, H, D], contiguous.
 
@@ -79,7 +89,9 @@ def tree_attention(
     good = num_splits is None or num_splits >= 1
     require(op, good, "num_splits", "be at least 1 or None", num_splits)
     device, dim = query.device.type, query.shape[3]
-    available = _available()
+    available = _available(device, dim, query.dtype)
+    if implementation is None and (reason := next(iter(available.values()))):
+        _warn_once(device, reason)
     where = f"{device} tensors of head dim {dim} and {query.dtype}"
     chosen = require_implementation(op, implementation, available, where)
     return torch.ops.sdvg_kernels.tree_attention(
@@ -148,14 +160,30 @@ def _check_numbers(op: str, name: str, numbers: torch.Tensor, query: torch.Tenso
 
 
 @functools.cache
-def _available() -> dict[str, str]:
+def _available(
+    device: str, dim: int = HEAD_DIMS[0], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, str]:
     """Return implementation -> "" or why it cannot run on such tensors, by preference."""
-    return {"reference": ""}
+    reason = triton_reason(device)
+    if not reason and dim not in HEAD_DIMS:
+        *dims, last = HEAD_DIMS
+        reason = f"the Triton kernel has head dim {', '.join(map(str, dims))} and {last}"
+    if not reason and dtype == torch.float64:
+        reason = "the Triton kernel has no torch.float64"
+    # the interpreter is for tests: never the default
+    return by_preference(device, reason)
+
+
+@functools.cache
+def _warn_once(device: str, reason: str) -> None:
+    _LOG.warning("tree_attention: the reference serves %s tensors here: %s", device, reason)
 
 
 def implementations() -> dict[str, str]:
     """Return implementation -> "" or why it is not available here, by preference."""
-    return dict(_available())
+    if torch.cuda.is_available():
+        return dict(_available("cuda"))
+    return {"triton": "no CUDA device is available", "reference": ""}
 
 
 def _run(
@@ -171,16 +199,14 @@ def _run(
     implementation: str,
 ) -> torch.Tensor:
     """Run the chosen implementation."""
-    return reference.tree_attention(
-        query,
-        k_cache,
-        v_cache,
-        lengths,
-        mask,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        softmax_scale=softmax_scale,
-    )
+    tensors = (query, k_cache, v_cache, lengths, mask)
+    options = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    options |= {"softmax_scale": softmax_scale}
+    if implementation == "reference":
+        return reference.tree_attention(*tensors, **options)
+    from sdvg_kernels.masked import kernel
+
+    return kernel.tree_attention(*tensors, **options, num_splits=num_splits)
 
 
 _ops.implement("tree_attention", cpu=_run, cuda=_run)
