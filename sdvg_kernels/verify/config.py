@@ -41,7 +41,7 @@ WHOLE = (
     RowLaunch(8192, 2048, True, 8, "32 values a thread"),
     RowLaunch(16384, 2048, True, 16, "32 values a thread; a race of 4 needs no more registers"),
 )
-TILED = RowLaunch(4096, 2048, False, 8, "a larger row stays in L2, and is read once a step")
+TILED = RowLaunch(4096, 1024, False, 4, "a larger row stays in L2, and is read once a step")
 # not measured; neighbours that are looked up at once, of up to 1000 that lie scattered: most sums
 # reach their bound within the first few hundred
 NEIGHBOURS = 512
@@ -61,7 +61,7 @@ SUMS = SumLaunch(2048, 4, "not measured; 16 values a thread, a drafter's rows ar
 SIBLINGS = 8
 ROW_BUDGET = Budget(registers=168)
 # one program a sequence: there is room for as many registers as ptxas likes
-WALK_BUDGET = Budget(registers=192)
+WALK_BUDGET = Budget(registers=232)
 
 
 def row_launch(vocabulary: int) -> RowLaunch:
