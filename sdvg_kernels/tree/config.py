@@ -29,11 +29,10 @@ class Build:
 # quickly, and 128 threads for 128 tokens keep the compiler from loading these again and again
 EXPAND = (
     Expand(128, 4, "8 values a thread: a small vocabulary, where launching is all"),
-    Expand(512, 4, "32 values a thread"),
-    Expand(1024, 4, "64 values a thread; a larger row comes in several such tiles"),
+    Expand(512, 4, "32 values a thread, each with an address of its own"),
+    Expand(1024, 4, "64 values a thread, 16 bytes at a time"),
+    Expand(2048, 4, "128 values a thread in half as many registers, until they are used"),
 )
-# ... of logits of 16 bits: wider ones need the registers on their way
-WIDE = Expand(2048, 4, "128 values a thread, so that 16384 tokens are one tile")
 # a beam is a program, and there are few: asked for none, ptxas spills to fit more of them beside it
 EXPAND_MAXNREG = 255
 # not measured; a level's scores, ranked by counting
@@ -47,11 +46,13 @@ BUILD = (
 BUDGET = Budget(registers=255)
 
 
-def expand(vocabulary: int, element_size: int) -> Expand:
-    """Return the launch for rows of `vocabulary` tokens of `element_size` bytes."""
-    table = (*EXPAND, WIDE) if element_size == 2 else EXPAND
-    # rows of tiles take the tile that any logits fit in
-    return next((one for one in table if vocabulary <= 8 * one.BG), EXPAND[-1])
+def expand(vocabulary: int, element_size: int, is_aligned: bool) -> Expand:
+    """Return the launch for rows of `vocabulary` tokens, in as many tiles as it takes.
+
+    `is_aligned`: groups of tokens are read whole.
+    """
+    table = EXPAND[: 2 if not is_aligned else 4 if element_size == 2 else 3]
+    return next((one for one in table if vocabulary <= 8 * one.BG), table[-1])
 
 
 def build(count: int) -> Build:

@@ -30,6 +30,8 @@ from sdvg_kernels.tree import config
 
 # the most children of a beam, and the tokens of a group
 _BK, _GROUP = tl.constexpr(16), tl.constexpr(8)
+# what Triton must know of them, to read a group at once
+_ALIGNED = ("logits", "uncond", "stride_cb", "stride_cw", "stride_ub", "stride_uw", "V")
 # below and above every key; 16 keys fit between the first and any number's
 _LEAST, _MOST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 
@@ -326,7 +328,8 @@ def expand_tree(
     best = logits.new_empty((batch, top_k), dtype=torch.int32)
     if batch == 0:
         return tokens, totals, best
-    launch = config.expand(vocabulary, logits.element_size())
+    is_aligned = _aligned(logits) and (uncond is None or _aligned(uncond))
+    launch = config.expand(vocabulary, logits.element_size(), is_aligned)
     tile = max(32, triton.next_power_of_2(count))
     tickets = None
     with _on(device):
@@ -429,6 +432,12 @@ def build_tree(
     return out
 
 
+def _aligned(logits: torch.Tensor) -> bool:
+    """Return whether Triton knows that groups of tokens are aligned, and one piece."""
+    sizes = (logits.data_ptr(), logits.stride(0), logits.stride(1), logits.shape[2])
+    return logits.stride(2) == 1 and all(size % 16 == 0 for size in sizes)
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return the context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -437,15 +446,18 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def compilations(arch: int) -> Iterator[Compilation]:
     """Yield the shipped configurations for `arch`, guided and merged; W and K are LANTERN's."""
     strides = ("stride_cb", "stride_cw", "stride_ub", "stride_uw", "stride_ab", "stride_aw")
-    expansions = [(launch, "bf16", True, 128) for launch in (*config.EXPAND, config.WIDE)]
-    # rows of several tiles, and as many candidates as there may be
-    last = config.EXPAND[-1]
-    expansions += [(last, "fp32", True, 128), (last, "fp32", False, 1024)]
-    for launch, dtype, is_whole, tile in expansions:
+    # each as one tile; rows of several, and of such as are not aligned, with the most candidates
+    expansions = [(launch, "bf16", True, True, 128) for launch in config.EXPAND]
+    expansions += [(config.EXPAND[3], "bf16", True, False, 128)]
+    expansions += [(config.EXPAND[2], "fp32", True, False, 128)]
+    expansions += [(config.EXPAND[1], "bf16", False, False, 1024)]
+    for launch, dtype, is_aligned, is_whole, tile in expansions:
         yield Compilation(
             kernel=expand_kernel,
             arch=arch,
-            config=f"{dtype} BG{launch.BG} BM{tile}" + ("" if is_whole else " tiles"),
+            config=f"{dtype} BG{launch.BG} BM{tile}"
+            + ("" if is_whole else " tiles")
+            + ("" if is_aligned else " not aligned"),
             signature={"logits": f"*{dtype}", "uncond": f"*{dtype}", "above": "*fp32"}
             | {"tokens": "*i64", "scores": "*fp32", "beams": "*i32", "tickets": "*i32"}
             | dict.fromkeys((*strides, "W", "V", "K"), "i32")
@@ -461,10 +473,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 "IS_ONLY": False,
                 "IS_MERGED": True,
             },
-            divisible=(
-                *("logits", "uncond", "tokens", "scores", "beams", "tickets"),
-                *("stride_cb", "stride_cw", "stride_ub", "stride_uw", "V"),
-            ),
+            divisible=("tokens", "scores", "beams", "tickets") + (_ALIGNED if is_aligned else ()),
             num_warps=launch.num_warps,
             num_stages=3,
             budget=config.BUDGET,

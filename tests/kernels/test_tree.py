@@ -214,13 +214,15 @@ def _children(
     return tokens.flatten(1), scores.flatten(1)
 
 
-# one in each launch, and rows of several tiles: 20000 of 16 bits, 9000 of 32
+# one in each launch, and rows of several tiles: 9001 that are not aligned, 9008 of 32 bits, 20000
 @pytest.mark.parametrize(
     ("vocabulary", "dtype"),
     [
         (337, torch.float32),
         (4001, torch.float16),
-        (9000, torch.float32),
+        (8192, torch.float32),
+        (9008, torch.float32),
+        (9001, torch.bfloat16),
         (16384, torch.bfloat16),
         (20000, torch.bfloat16),
     ],
