@@ -28,6 +28,7 @@ STOREYS = (
     ("engine", "tokens"),
     ("report", "sweep", "bench", "env", "quality", "recipes", "arguments", "console"),
     ("token_sweep",),
+    ("vvs_sweep",),
     ("token_cli",),
     ("cli", "pipeline", "adapters", "train"),
 )

@@ -1,4 +1,4 @@
-"""`sdvg tokens generate | sweep`: videos of the embedded token model, the table of its orders."""
+"""`sdvg tokens generate | speculate | sweep`: videos of the embedded token model, its tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdvg import env
+from sdvg import env, vvs_sweep
 from sdvg.console import (
     Interrupts,
     asked,
@@ -26,14 +26,16 @@ from sdvg.console import (
     warn_of_prompts,
 )
 from sdvg.sweep import digest
-from sdvg.token_sweep import QUICK, WIDTHS, Line, lines, require_plots, write
+from sdvg.token_sweep import QUICK, WIDTHS, Line, collect, lines, require_plots, write
 from sdvg.token_sweep import sweep as run_sweep
-from sdvg.tokens import Sampling
+from sdvg.tokens import Dynamic, Exact, Relaxed, Sampling, Typical, Uniform
 from sdvg.tokens.diagonal import MODES
-from sdvg.tokens.embedded import JACOBI
+from sdvg.tokens.embedded import JACOBI, NEAR, SPECULATIVE, TREE, codebook
+from sdvg.tokens.skipping import neighbours
 from sdvg.video import Aside, VideoWriter, save_strip
 
 if TYPE_CHECKING:
+    from sdvg.models.drafter import EagleDrafter
     from sdvg.models.embedded.tokens import VideoTokens
     from sdvg.models.tokens import TokenLlama
     from sdvg.tokens.embedded import EmbeddedVideos, Shown
@@ -41,26 +43,64 @@ if TYPE_CHECKING:
 # what a table has, and what it may have beside that
 ORDERS = (*(mode for mode in MODES if mode != "raster"), "scd")
 KNOWN = tuple(dict.fromkeys((*ORDERS, *JACOBI)))
+# what each way to verify is set to by default
+SETTINGS = {
+    "exact": {},
+    "lantern": {"delta": 0.1},
+    "lantern++": {"ratio": 2.0},
+    "typical": {"epsilon": 0.09, "alpha": 0.3},
+}
+SKIPS = {"none": {}, "uniform": {"interval": 2}, "dynamic": {"threshold": 0.65}}
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Make one video for each prompt, with its frames in a row and a report."""
-    from sdvg.models import embedded
+    """Make one video for each prompt along diagonals, with its frames in a row and a report."""
     from sdvg.tokens.embedded import EmbeddedVideos
 
-    paths = output_paths(args.out, len(args.prompt))
+    if args.mode == SPECULATIVE:
+        raise ValueError(f"mode: must be left to `sdvg tokens speculate`, got {args.mode}")
     # raster order has the width's, and a window a default of its own
     free = args.k is not None or args.mode in ("raster", *JACOBI)
     how = _how(args, args.mode, args.k if free else 2)
+    return _make(args, lambda: EmbeddedVideos(_load(args, tuned=args.tuned), **how))
+
+
+def speculate(args: argparse.Namespace) -> int:
+    """Make one video for each prompt by a drafter's trees, with its frames and a report."""
+    from sdvg.tokens.embedded import EmbeddedVideos
+
+    verification = _chosen("verification", args.verification, SETTINGS, args)
+    schedule = _chosen("skip", args.skip, SKIPS, args)
+    skips = {"none": lambda: None, "uniform": Uniform, "dynamic": Dynamic}
+    how: dict[str, object] = {
+        "sampling": _sampling(args), "skip": skips[args.skip](**schedule),
+        "depth": args.depth, "top_k": args.children, "nodes": args.nodes,
+    }  # fmt: skip
+
+    def videos() -> EmbeddedVideos:
+        models = _load(args, tuned=False)
+        if args.verification.startswith("lantern"):
+            made = Relaxed(neighbours(codebook(models), NEAR), **verification)
+        else:
+            made = {"exact": Exact, "typical": Typical}[args.verification](**verification)
+        return EmbeddedVideos(models, mode=SPECULATIVE, verification=made, **how)
+
+    return _make(args, videos)
+
+
+def _make(args: argparse.Namespace, load: Callable[[], EmbeddedVideos]) -> int:
+    """Write what `load()` makes of each prompt: a video, its frames in a row and a report."""
+    from sdvg.models import embedded
+
+    paths = output_paths(args.out, len(args.prompt))
     actions = _actions(args.action, args.frames).expand(len(args.prompt), -1)
     with Aside() as aside, Interrupts() as interrupts:
         files = [
             {kind: aside.create(path.with_suffix(f".{kind}")) for kind in ("mp4", "png", "json")}
             for path in paths
         ]
-        models = _load(args, tuned=args.tuned)
+        videos = load()
         warn_of_prompts(embedded.WEIGHTS, args.prompt)
-        videos = EmbeddedVideos(models, **how)
         writers = [VideoWriter(kinds["mp4"], fps=args.fps) for kinds in files]
         shown: list[Shown] = []
         interrupted, began = False, time.perf_counter()
@@ -68,7 +108,7 @@ def generate(args: argparse.Namespace) -> int:
             frames = videos.generate(
                 args.prompt, frames=args.frames, actions=actions, seed=args.seed
             )
-            for frame in tqdm(frames, total=args.frames, unit="frame", desc="generate"):
+            for frame in tqdm(frames, total=args.frames, unit="frame"):
                 # a frame is in every file or in none
                 with interrupts.held():
                     for writer, pixels in zip(writers, frame.frames, strict=True):
@@ -89,7 +129,7 @@ def generate(args: argparse.Namespace) -> int:
                 "sequence": row,
                 "interrupted": interrupted,
                 "arguments": asked(args),
-                "versions": env.versions() | {"device": str(models.model.device)},
+                "versions": env.versions() | {"device": str(videos.models.model.device)},
                 "summary": summary,
             }
             text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
@@ -102,6 +142,8 @@ def generate(args: argparse.Namespace) -> int:
         f"{summary['tokens_per_pass']:.1f} tokens a pass, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
+    if shown[-1].counts is not None:
+        print(_stages(summary, seconds))
     if interrupted:
         print(
             f"sdvg: interrupted; {len(shown)} of {args.frames} frames were finished and are kept",
@@ -111,22 +153,72 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def sweep(args: argparse.Namespace) -> int:
+    """Write a table of ways to decode: csv, text, plot and frames."""
+    own = {"diagonal": ("modes", "k", "tuned", "row_start"), "vvs": ("methods",)}
+    for table, names in own.items():
+        for name in names:
+            value = getattr(args, name)
+            if table != args.table and value is not None:
+                raise ValueError(
+                    f"{name}: must be left out for the table {args.table}, got {value}"
+                )
+    return {"diagonal": _sweep_orders, "vvs": _sweep_methods}[args.table](args)
+
+
+def _sweep_methods(args: argparse.Namespace) -> int:
+    """Write the table of speculative decoding: vvs.csv, vvs.md, plot and frames."""
+    from sdvg.models import embedded
+    from sdvg.models.embedded import tokens
+    from sdvg.models.tokens import from_transformers
+    from sdvg.tokens.embedded import EmbeddedVideos
+
+    count, frames = _size(args, 20, 4)
+    table = vvs_sweep.chosen(args.methods or vvs_sweep.METHODS)
+    sampling = _sampling(args)
+    require_plots()
+    models = _load(args, tuned=False)
+    model = from_transformers(models.model)
+    drafter = tokens.load_drafter(device=model.device, dtype=models.model.dtype)
+    near = neighbours(codebook(models), NEAR)
+
+    def videos(line: vvs_sweep.Line) -> EmbeddedVideos:
+        how = line.options(near)
+        shared: EagleDrafter | None = drafter if how["mode"] == SPECULATIVE else None
+        return EmbeddedVideos(models, model, drafter=shared, sampling=sampling, **how)
+
+    settings = _settings(args, model.device, "vq", "model", "drafter") | {
+        "tree": TREE,
+        "neighbours": NEAR,
+    }
+    try:
+        done = collect(
+            videos, partial(embedded.quality, stride=tokens.STRIDE), args.out / "vvs.jsonl",
+            lines=table, count=count, frames=frames, seed=args.seed, settings=settings,
+        )  # fmt: skip
+        rows = vvs_sweep.summarise(done, table, count, frames * tokens.HEIGHT * tokens.WIDTH)
+        about = _about(args, count, frames, settings)
+        print(*vvs_sweep.write(args.out, rows, about), sep="\n")
+    except KeyboardInterrupt:
+        return interrupted_sweep(args.out / "vvs.jsonl")
+    return 0
+
+
+def _sweep_orders(args: argparse.Namespace) -> int:
     """Write the table of modes, k and weights: diagonal.csv, diagonal.md, plot and frames."""
     from sdvg.models import embedded
     from sdvg.models.embedded import tokens
     from sdvg.models.tokens import from_transformers
     from sdvg.tokens.embedded import EmbeddedVideos
 
-    count = (2 if args.quick else 40) if args.prompts is None else args.prompts
-    frames = (2 if args.quick else tokens.FRAMES) if args.frames is None else args.frames
-    widths = args.k or (QUICK if args.quick else WIDTHS)
-    weights = {"no": (False,), "yes": (True,), "both": (False, True)}[args.tuned]
-    table = lines(args.modes, widths, weights, tokens.WIDTH)
-    if not set(args.modes) - set(JACOBI):
+    count, frames = _size(args, 40, tokens.FRAMES)
+    modes, widths = args.modes or ORDERS, args.k or (QUICK if args.quick else WIDTHS)
+    weights = {"no": (False,), "yes": (True,), "both": (False, True)}[args.tuned or "both"]
+    table = lines(modes, widths, weights, tokens.WIDTH)
+    if not set(modes) - set(JACOBI):
         # windows are the table's own
         for name, value in (("k", args.k), ("row_start", args.row_start)):
             if value is not None:
-                raise ValueError(f"{name}: must be left out for {args.modes[0]}, got {value}")
+                raise ValueError(f"{name}: must be left out for {modes[0]}, got {value}")
     sampling = _sampling(args)
     require_plots()
     loaded: dict[bool, tuple[VideoTokens, TokenLlama]] = {}
@@ -144,43 +236,68 @@ def sweep(args: argparse.Namespace) -> int:
     for line in table:
         videos(line)
     device = loaded[False][0].model.device
-    settings: Mapping[str, object] = {
-        "weights": digest(tokens.FOLDER, "vq", "model", "diagonal"),
-        "sampling": dataclasses.asdict(sampling),
-        "dtype": args.dtype, "row start": args.row_start or "newest", "torch": torch.__version__,
-        "machine": env.gpu() if device.type == "cuda" else env.processor(),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    settings = _settings(args, device, "vq", "model", "diagonal") | {
+        "row start": args.row_start or "newest"
+    }
     judge = partial(embedded.quality, stride=tokens.STRIDE)
     try:
         rows = run_sweep(
             videos, judge, args.out, lines=table, count=count, frames=frames,
             tokens=tokens.HEIGHT * tokens.WIDTH, seed=args.seed, settings=settings,
         )  # fmt: skip
-        about = (
-            f"{count} prompts, {frames} frames of {tokens.HEIGHT * tokens.WIDTH} tokens each, seed "
-            f"{args.seed}; "
-            + ", ".join(f"{name} {value}" for name, value in settings.items())
-            + ". Made by `sdvg tokens sweep`."
-        )
+        about = _about(args, count, frames, settings)
         print(*write(args.out, rows, about), sep="\n")
     except KeyboardInterrupt:
         return interrupted_sweep(args.out / "diagonal.jsonl")
     return 0
 
 
+def _size(args: argparse.Namespace, prompts: int, frames: int) -> tuple[int, int]:
+    """Return how many prompts and frames a sweep has; those given are its table's own."""
+    if args.quick:
+        prompts = frames = 2
+    return (
+        prompts if args.prompts is None else args.prompts,
+        frames if args.frames is None else args.frames,
+    )
+
+
+def _settings(args: argparse.Namespace, device: torch.device, *parts: str) -> dict[str, object]:
+    """Return what decides a sweep's results; `parts` are the folders of its weights."""
+    from sdvg.models.embedded import tokens
+
+    return {
+        "weights": digest(tokens.FOLDER, *parts),
+        "sampling": dataclasses.asdict(_sampling(args)),
+        "dtype": args.dtype, "torch": torch.__version__,
+        "machine": env.gpu() if device.type == "cuda" else env.processor(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _about(
+    args: argparse.Namespace, count: int, frames: int, settings: Mapping[str, object]
+) -> str:
+    from sdvg.models.embedded import tokens
+
+    return (
+        f"{count} prompts, {frames} frames of {tokens.HEIGHT * tokens.WIDTH} tokens each, seed "
+        f"{args.seed}; "
+        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + f". Made by `sdvg tokens sweep --table {args.table}`."
+    )
+
+
 def add_commands(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
 ) -> None:
-    """Add `tokens generate` and `tokens sweep` to the command line."""
-    top = commands.add_parser("tokens", help="token grids, decoded along diagonals")
-    inner = top.add_subparsers(required=True, metavar="generate | sweep")
-    shared = argparse.ArgumentParser(add_help=False)
+    """Add `tokens generate | speculate | sweep` to the command line."""
+    top = commands.add_parser("tokens", help="token grids, along diagonals or by speculation")
+    inner = top.add_subparsers(required=True, metavar="generate | speculate | sweep")
+    shared, orders, video = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     add = shared.add_argument
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    add("--row-start", choices=("newest", "above"),
-        help="what stands in for a row's end that is not there yet, default newest")  # fmt: skip
     add("--temperature", type=float, default=0.9, help="0 takes the likeliest token")
     add("--top-k", type=int)
     add("--top-p", type=float, default=1.0)
@@ -188,34 +305,60 @@ def add_commands(
     add("--seed", type=int, default=0)
     # the embedded model is too small for more, and threads that wait for each other slow it
     add("--threads", type=int, default=1, help="CPU threads of torch")
-
-    new = inner.add_parser("generate", parents=[common, shared], help="make videos")
-    add = new.add_argument
+    orders.add_argument("--row-start", choices=("newest", "above"),
+        help="what stands in for a row's end that is not there yet, default newest")  # fmt: skip
+    add = video.add_argument
     add("prompt", nargs="+", help="several prompts make one batch, written to NAME-1.mp4, ...")
     add(
         "--out", type=Path, default=Path("tokens.mp4"), help="with NAME.png and NAME.json beside it"
     )
+    add("--frames", type=int, default=8)
+    add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
+        help="turn from that frame on, as in 3=up left,quickly; may be repeated")  # fmt: skip
+    add("--fps", type=int, default=4)
+
+    new = inner.add_parser("generate", parents=[common, shared, orders, video], help="make videos")
+    add = new.add_argument
     add("--mode", default="spatial", help=f"one of {', '.join((*MODES, *JACOBI))}")
     add("--k", type=int,
         help="tokens a row is behind the last, default 2; scd and sjd: window, 16")  # fmt: skip
     add("--tuned", action="store_true", help="the weights tuned for diagonal decoding")
-    add("--frames", type=int, default=8)
-    add("--action", action="append", default=[], metavar="FRAME=DIRECTION,SPEED",
-        help="turn from that frame on, as in 3=up left,quickly; may be repeated")  # fmt: skip
     add("--context", type=int, help="slots of the cache; a longer video slides on")
     add("--keep", type=int, help="frames that are kept when the context slides, default 1")
-    add("--fps", type=int, default=4)
     new.set_defaults(run=generate)
 
-    new = inner.add_parser("sweep", parents=[common, shared], help="mode and k: passes and quality")
+    new = inner.add_parser(
+        "speculate", parents=[common, shared, video], help="make videos from a drafter's trees"
+    )
     add = new.add_argument
+    add("--verification", choices=SETTINGS, default="exact", help="default exact, as EAGLE-2")
+    add("--delta", type=float, help="of lantern: total variation of a token, default 0.1")
+    add("--ratio", type=float, help="of lantern++: its lambda, default 2")
+    add("--epsilon", type=float, help="of typical, default 0.09")
+    add("--alpha", type=float, help="of typical, default 0.3")
+    add("--skip", choices=SKIPS, default="none", help="verification skipping, default none")
+    add("--interval", type=int, help="of uniform: every so many steps, default 2")
+    add("--threshold", type=float, help="of dynamic: similarity of paths, default 0.65")
+    add("--depth", type=int, default=TREE["depth"], help="levels of a tree")
+    add("--children", type=int, default=TREE["top_k"], help="of a node, and nodes that go on")
+    add("--nodes", type=int, default=TREE["nodes"], help="of a tree, its root included")
+    new.set_defaults(run=speculate)
+
+    new = inner.add_parser(
+        "sweep", parents=[common, shared, orders], help="passes, time and quality of many ways"
+    )
+    add = new.add_argument
+    add("--table", choices=("diagonal", "vvs"), default="diagonal",
+        help="orders of a grid, or speculative decoding; default diagonal")  # fmt: skip
     add("--out", type=Path, default=Path("tokens-sweep"), metavar="FOLDER")
-    add("--modes", nargs="+", choices=KNOWN, default=ORDERS, metavar="MODE",
-        help=f"of {', '.join(KNOWN)}; default: all but sjd")  # fmt: skip
+    add("--modes", nargs="+", choices=KNOWN, metavar="MODE",
+        help=f"of the table diagonal: of {', '.join(KNOWN)}; default: all but sjd")  # fmt: skip
     add("--k", type=int, nargs="+", help="of the diagonal orders")
-    add("--tuned", choices=("no", "yes", "both"), default="both", help="which weights")
-    add("--prompts", type=int, help="default 40; with --quick 2")
-    add("--frames", type=int, help="default 8; with --quick 2")
+    add("--tuned", choices=("no", "yes", "both"), help="which weights, default both")
+    add("--methods", nargs="+", choices=vvs_sweep.METHODS, metavar="METHOD",
+        help=f"of the table vvs: of {', '.join(vvs_sweep.METHODS)}; default: all")  # fmt: skip
+    add("--prompts", type=int, help="default 40, vvs 20; with --quick 2")
+    add("--frames", type=int, help="default 8, vvs 4; with --quick 2")
     add("--quick", action="store_true", help="few prompts, frames and k")
     new.set_defaults(run=sweep)
 
@@ -230,6 +373,24 @@ def _how(args: argparse.Namespace, mode: str, k: int | None) -> dict[str, object
     if "keep" in own and "context" not in own:
         raise ValueError(f"keep: must come with context, got {args.keep}; nothing slides without")
     return {"mode": mode, "k": k, "sampling": _sampling(args), **own}
+
+
+def _chosen(
+    name: str, value: str, table: Mapping[str, Mapping[str, float]], args: argparse.Namespace
+) -> dict[str, float]:
+    """Return the settings of a choice, its defaults where none are given; refuse another's."""
+    for other, settings in table.items():
+        for setting in settings:
+            given = getattr(args, setting)
+            if given is not None and setting not in table[value]:
+                raise ValueError(
+                    f"{setting}: must be left out for {name} {value}, got {given}; it is {other}'s"
+                )
+    own = {setting: getattr(args, setting) for setting in table[value]}
+    return {
+        **table[value],
+        **{setting: own[setting] for setting in own if own[setting] is not None},
+    }
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -270,7 +431,7 @@ def _summary(
     """Return what happened; times in seconds."""
     layout, passes = videos.decoder.layout, shown[-1].passes
     tokens = len(shown) * batch * layout.height * layout.width
-    return {
+    summary = {
         "frames": len(shown),
         "sequences": batch,
         "passes": passes,
@@ -279,3 +440,18 @@ def _summary(
         "loop_seconds": shown[-1].seconds,
         "seconds": seconds,
     }
+    counts, stages = shown[-1].counts, shown[-1].stages
+    if counts is not None and stages is not None:
+        summary |= {"drafts": counts.drafts, "skipped": counts.skipped}
+        summary |= {f"{name}_seconds": spent for name, spent in stages.items()}
+    return summary
+
+
+def _stages(summary: Mapping[str, float | int], seconds: float) -> str:
+    """Return in a line where the time of speculative decoding went."""
+    draft, target = summary["draft_seconds"], summary["target_seconds"]
+    return (
+        f"{summary['drafts']} drafts, {summary['skipped']} steps of a video not verified; "
+        f"draft {draft / seconds:.0%}, target {target / seconds:.0%}, "
+        f"the rest {(seconds - draft - target) / seconds:.0%} of the time"
+    )

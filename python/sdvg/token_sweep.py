@@ -1,5 +1,7 @@
 """Diagonal decoding of the embedded token model: passes, time and quality against raster order.
 
+`collect`, `grades` and `save` serve any table of ways to decode it (`sdvg.vvs_sweep`).
+
 Every line makes the video of the same prompt from the same keyed noise, a token's noise being keyed
 by its place, one after another, so that a slow minute of the machine meets them all. Seconds are
 wall clock of one video alone, prompt and decoding to pixels included. Intervals are 95% percentile
@@ -13,7 +15,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -51,20 +54,40 @@ class Line(NamedTuple):
         return f"{self.mode} {self.k}{' tuned' if self.tuned else ''}"
 
 
+class Named(Protocol):
+    """A line of a table, whichever."""
+
+    @property
+    def key(self) -> str:
+        """The line's name in the file of videos."""
+        ...
+
+
+AnyLine = TypeVar("AnyLine", bound=Named)
+# (prompt's number, line's key) -> what was found of a video
+Found = Mapping[tuple[int, str], Mapping[str, float]]
+
+
+class Grade(NamedTuple):
+    """The mean quality of a line's videos, and how much it `kept` of the first line's."""
+
+    quality: float
+    quality_low: float
+    quality_high: float
+    kept: float
+    kept_low: float
+    kept_high: float
+
+
 class Row(NamedTuple):
-    """One line of diagonal.csv; means per video, and `kept` of raster's quality."""
+    """One line of diagonal.csv; means per video."""
 
     line: Line
     passes: int
     tokens_per_second: float
     seconds: float
-    quality: float
-    quality_low: float
-    quality_high: float
+    grade: Grade
     videos: int
-    kept: float
-    kept_low: float
-    kept_high: float
 
 
 class Videos(Protocol):
@@ -102,13 +125,35 @@ def sweep(
     seed: int,
     settings: Mapping[str, object],
 ) -> list[Row]:
-    """Make every video that `folder/diagonal.jsonl` does not hold yet, and return the table.
+    """Return the table of diagonal decoding: arguments and errors as `collect` has them.
+
+    Args:
+        tokens: of a frame.
+    """
+    done = collect(
+        videos, judge, folder / "diagonal.jsonl", lines=lines, count=count, frames=frames,
+        seed=seed, settings=settings,
+    )  # fmt: skip
+    return summarise(done, lines, count, frames * tokens)
+
+
+def collect(
+    videos: Callable[[AnyLine], Videos],
+    judge: Callable[[Tensor, str], Judged],
+    store: Path,
+    *,
+    lines: Sequence[AnyLine],
+    count: int,
+    frames: int,
+    seed: int,
+    settings: Mapping[str, object],
+) -> dict[tuple[int, str], dict[str, float]]:
+    """Make every video that `store` does not hold yet, and return what was found of all.
 
     Args:
         videos: gives what makes a line's videos, once for each line.
-        tokens: of a frame.
-        folder: made where it is not there, once all else is known to be right.
-        settings: all that decides a result beside the line and the prompt: a folder begun with
+        store: its folder is made where it is not there, once all else is known to be right.
+        settings: all that decides a result beside the line and the prompt: a store begun with
             others is refused.
 
     Raises ValueError for fewer than one prompt or frame, a line twice, or a folder that cannot be
@@ -120,6 +165,7 @@ def sweep(
     named = {line.key: line for line in lines}
     if len(named) < len(lines):
         raise ValueError(f"sweep: lines must differ, got {[line.key for line in lines]}")
+    folder = store.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,6 +188,9 @@ def sweep(
             "seconds": round(seconds, 5),
             "passes": shown[-1].passes,
             **{name: round(float(number), 5) for name, number in judged.items()},
+            **_stages(shown[-1]),
+            # whether two lines made the same video
+            "pixels": crc32(pixels(video).tobytes()),
         }
 
     def warm_up(n: int) -> None:
@@ -150,42 +199,51 @@ def sweep(
             make(n, key, 1)
 
     settings = {**settings, "frames": frames, "seed": seed}
-    done = fill(folder / "diagonal.jsonl", settings, list(named), count, make, warm_up)
-    return summarise(done, lines, count, frames * tokens)
+    return fill(store, settings, list(named), count, make, warm_up)
 
 
-def summarise(
-    videos: Mapping[tuple[int, str], Mapping[str, float]],
-    lines: Sequence[Line],
-    count: int,
-    tokens: int,
-) -> list[Row]:
+def _stages(last: Shown) -> dict[str, float]:
+    """Return what a speculative video says of its stages, in seconds; nothing of others."""
+    if last.counts is None:
+        return {}
+    return {
+        "drafts": last.counts.drafts,
+        "skipped": last.counts.skipped,
+        **{name: round(seconds, 5) for name, seconds in (last.stages or {}).items()},
+    }
+
+
+def summarise(videos: Found, lines: Sequence[Line], count: int, tokens: int) -> list[Row]:
     """Return one row for each of `lines`, the first being what the others are held to."""
-    each = [[videos[n, line.key] for n in range(count)] for line in lines]
-    quality = np.array([[video["value"] for video in mine] for mine in each])
+    rows = []
+    for line, grade in zip(lines, grades(videos, lines, count), strict=True):
+        mine = [videos[n, line.key] for n in range(count)]
+        seconds = float(np.mean([video["seconds"] for video in mine]))
+        passes = round(float(np.mean([video["passes"] for video in mine])))
+        rows.append(Row(line, passes, tokens / seconds, seconds, grade, count))
+    return rows
+
+
+def grades(videos: Found, lines: Sequence[Named], count: int) -> list[Grade]:
+    """Return the quality of each of `lines` with 95% intervals over prompts, and what it kept."""
+    quality = np.array([[videos[n, line.key]["value"] for n in range(count)] for line in lines])
     drawn = resamples(count)
     whole = quality[0][drawn].mean(1)
-    rows = []
-    for line, mine, values in zip(lines, each, quality, strict=True):
+    made = []
+    for values in quality:
         means = values[drawn].mean(1)
-        seconds = float(np.mean([video["seconds"] for video in mine]))
-        # raster's own quality may be 0 in a resample of few videos
+        # the first line's own quality may be 0 in a resample of few videos
         with np.errstate(divide="ignore", invalid="ignore"):
             kept, ratios = values.mean() / quality[0].mean(), means / whole
-        rows.append(
-            Row(
-                line,
-                round(float(np.mean([video["passes"] for video in mine]))),
-                tokens / seconds,
-                seconds,
+        made.append(
+            Grade(
                 float(values.mean()),
                 *map(float, np.percentile(means, (2.5, 97.5))),
-                count,
                 float(kept),
                 *map(float, np.percentile(ratios, (2.5, 97.5))),
             )
         )
-    return rows
+    return made
 
 
 def write(folder: Path, rows: Sequence[Row], about: str) -> list[Path]:
@@ -193,30 +251,46 @@ def write(folder: Path, rows: Sequence[Row], about: str) -> list[Path]:
 
     Raises ImportError where matplotlib is missing, before anything is written.
     """
-    figures = {"diagonal": plot(rows)}
-    pictured = _pictured(folder, rows)
-    if pictured is not None:
-        figures["diagonal-frames"] = pictured
-    partial = {name: folder / f"{name}.partial" for name in ("diagonal.csv", "diagonal.md")}
-    with partial["diagonal.csv"].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(_cells(row) for row in rows)
-    partial["diagonal.md"].write_text(_table(rows, about), encoding="utf-8")
+    figure, lines = plot(rows), [row.line for row in rows]
+    cells = [COLUMNS, *map(_cells, rows)]
+    return save(folder, "diagonal", cells, _table(rows, about), figure, lines, PICTURED)
+
+
+def save(
+    folder: Path,
+    name: str,
+    cells: Sequence[Sequence[str]],
+    table: str,
+    figure: Figure,
+    lines: Sequence[Named],
+    pictured: int,
+) -> list[Path]:
+    """Write NAME.csv, NAME.md, the plot and a picture; return their paths.
+
+    The picture has the frames of each line for the first `pictured` prompts, `PICTURED` at most.
+    """
+    figures = {name: figure}
+    strips = _pictured(folder, lines, pictured)
+    if strips is not None:
+        figures[f"{name}-frames"] = strips
+    partial = {file: folder / f"{file}.partial" for file in (f"{name}.csv", f"{name}.md")}
+    with partial[f"{name}.csv"].open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(cells)
+    partial[f"{name}.md"].write_text(table, encoding="utf-8")
     kinds = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
-    for name, figure in figures.items():
+    for stem, made in figures.items():
         # frames are pixels: drawn as curves they are no sharper, and larger
-        for kind, options in kinds.items() if name == "diagonal" else [("png", kinds["png"])]:
-            partial[f"{name}.{kind}"] = folder / f"{name}.{kind}.partial"
-            figure.savefig(partial[f"{name}.{kind}"], format=kind, **options)
-    for name, path in partial.items():
-        os.replace(path, folder / name)
-    return [folder / name for name in partial]
+        for kind, options in kinds.items() if stem == name else [("png", kinds["png"])]:
+            partial[f"{stem}.{kind}"] = folder / f"{stem}.{kind}.partial"
+            made.savefig(partial[f"{stem}.{kind}"], format=kind, **options)
+    for file, path in partial.items():
+        os.replace(path, folder / file)
+    return [folder / file for file in partial]
 
 
 def plot(rows: Sequence[Row]) -> Figure:
     """Return quality against passes with 95% intervals; ImportError without matplotlib."""
-    figure = _figure((8, 5))
+    figure = new_figure((8, 5))
     axes = figure.add_subplot()
     colours = {
         "raster": "#1c1c1c", "spatial": "#2e9e44", "spatiotemporal": "#2f6fb7",
@@ -225,11 +299,9 @@ def plot(rows: Sequence[Row]) -> Figure:
     for mode, tuned in dict.fromkeys((row.line.mode, row.line.tuned) for row in rows):
         mine = [row for row in rows if (row.line.mode, row.line.tuned) == (mode, tuned)]
         mine.sort(key=lambda row: row.passes)
-        quality = [row.quality for row in mine]
-        below = [row.quality - row.quality_low for row in mine]
-        over = [row.quality_high - row.quality for row in mine]
+        each = [row.grade for row in mine]
         axes.errorbar(
-            [row.passes for row in mine], quality, yerr=[below, over],
+            [row.passes for row in mine], [grade.quality for grade in each], yerr=error_bars(each),
             label=f"{mode}{', fine-tuned' if tuned else ''}", color=colours.get(mode, "#a8a8a8"),
             marker="*" if mode == "raster" else "s" if tuned else "o",
             markersize=11 if mode == "raster" else 5, linestyle="--" if tuned else "-",
@@ -237,7 +309,7 @@ def plot(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         for row in mine if mode != "raster" else ():
             axes.annotate(
-                f"k={row.line.k}", (row.passes, row.quality), xytext=(4, 5),
+                f"k={row.line.k}", (row.passes, row.grade.quality), xytext=(4, 5),
                 textcoords="offset points", fontsize=7, color=colours.get(mode, "#a8a8a8"),
             )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -260,7 +332,14 @@ def require_plots() -> type[Figure]:
     return Figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def error_bars(each: Sequence[Grade]) -> list[list[float]]:
+    """Return how far the intervals reach below and above the means, as matplotlib takes it."""
+    below = [grade.quality - grade.quality_low for grade in each]
+    return [below, [grade.quality_high - grade.quality for grade in each]]
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of `size` inches; ImportError without matplotlib."""
     return require_plots()(figsize=size, layout="constrained")
 
 
@@ -274,25 +353,25 @@ def _kept(folder: Path, n: int, key: str) -> Path:
     return folder / "frames" / f"{n}-{key.replace(' ', '-')}.npy"
 
 
-def _pictured(folder: Path, rows: Sequence[Row]) -> Figure | None:
+def _pictured(folder: Path, lines: Sequence[Named], count: int) -> Figure | None:
     """Return frames of the first prompts, a line below the other; None where none are kept."""
-    texts = prompts(min(PICTURED, rows[0].videos))
+    texts = prompts(count)
     strips = [
-        (row.line, n, np.concatenate(list(np.load(_kept(folder, n, row.line.key))), 1))
-        for n in range(len(texts))
-        for row in rows
-        if _kept(folder, n, row.line.key).is_file()
+        (line.key, n, np.concatenate(list(np.load(_kept(folder, n, line.key))), 1))
+        for n in range(count)
+        for line in lines
+        if _kept(folder, n, line.key).is_file()
     ]
     if not strips:
         return None
-    figure = _figure((8, 0.55 * len(strips) + 0.5))
+    figure = new_figure((8, 0.55 * len(strips) + 0.5))
     grid = figure.subplots(len(strips), 1, squeeze=False)
-    for axes, (line, n, strip) in zip(grid[:, 0], strips, strict=True):
+    for axes, (key, n, strip) in zip(grid[:, 0], strips, strict=True):
         axes.imshow(strip, interpolation="nearest", aspect="equal")
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_ylabel(line.key, rotation=0, ha="right", va="center", fontsize=7)
-        if line.mode == "raster":
+        axes.set_ylabel(key, rotation=0, ha="right", va="center", fontsize=7)
+        if key == lines[0].key:
             axes.set_title(texts[n], fontsize=8)
     return figure
 
@@ -306,9 +385,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row.passes),
         f"{row.tokens_per_second:.1f}",
         f"{row.seconds:.4f}",
-        f"{row.quality:.4f}",
-        f"{row.quality_low:.4f}",
-        f"{row.quality_high:.4f}",
+        *(f"{number:.4f}" for number in row.grade[:3]),
         str(row.videos),
     )
 
@@ -323,19 +400,20 @@ def _table(rows: Sequence[Row], about: str) -> str:
     ]
     for row in rows:
         mode, k, tuned, passes, speed, seconds, quality, low, high, _ = _cells(row)
+        grade = row.grade
         text.append(
             f"| {mode} | {k} | {tuned} | {passes} | {rows[0].passes / row.passes:.1f}x | {speed} "
-            f"| {seconds} | {quality} | {low} to {high} | {row.kept:.1%} "
-            f"| {row.kept_low:.1%} to {row.kept_high:.1%} |"
+            f"| {seconds} | {quality} | {low} to {high} | {grade.kept:.1%} "
+            f"| {grade.kept_low:.1%} to {grade.kept_high:.1%} |"
         )
     text.append("")
     for tuned, share in ((False, 0.95), (True, 0.98)):
         fast = [row for row in rows if row.line.tuned == tuned and rows[0].passes >= 8 * row.passes]
-        best = max(fast, key=lambda row: row.quality, default=None)
+        best = max(fast, key=lambda row: row.grade.quality, default=None)
         if best is not None:
             text.append(
                 f"- 8x fewer passes, {'fine-tuned' if tuned else 'training-free'}: "
-                f"{best.line.key} keeps {best.kept:.1%} of raster's quality "
-                f"(target {share:.0%}: {'yes' if best.kept >= share else 'no'})"
+                f"{best.line.key} keeps {best.grade.kept:.1%} of raster's quality "
+                f"(target {share:.0%}: {'yes' if best.grade.kept >= share else 'no'})"
             )
     return "\n".join(text) + "\n"

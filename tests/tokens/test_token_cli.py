@@ -18,12 +18,15 @@ pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
 pytest.importorskip("av", reason="the videos are PyAV's")
 
 from sdvg import token_sweep as room
+from sdvg import vvs_sweep
 from sdvg.cli import main
 from sdvg.models.embedded import tokens as embedded
 from sdvg.sweep import digest
 from sdvg.token_cli import ORDERS
 from sdvg.token_sweep import COLUMNS, Line, lines, summarise, sweep, write
-from sdvg.tokens.embedded import Shown
+from sdvg.tokens import Exact, Sampling
+from sdvg.tokens.embedded import SPECULATIVE, TREE, EmbeddedVideos, Shown
+from sdvg.tokens.speculative import Counts
 
 
 def test_generate_writes_a_video_its_frames_and_a_report(
@@ -51,7 +54,11 @@ def test_generate_writes_a_video_its_frames_and_a_report(
         (["--k", "0"], "diagonal_schedule: k must be in [1, width 16], got 0"),
         (
             ["--mode", "rows"],
-            "tokens: mode must be one of raster, spatial, spatiotemporal, zipar, scd, sjd, got",
+            "tokens: mode must be one of raster, spatial, spatiotemporal, zipar, scd, sjd, specul",
+        ),
+        (
+            ["--mode", "speculative"],
+            "mode: must be left to `sdvg tokens speculate`, got speculative",
         ),
         (
             ["--mode", "raster", "--k", "5"],
@@ -102,6 +109,97 @@ def test_generate_decodes_by_jacobi_iterations(tmp_path: Path) -> None:
     assert json.loads(out.with_suffix(".json").read_text())["summary"]["passes"] < 128
 
 
+def test_speculate_writes_a_video_and_says_where_the_time_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "seven.mp4"
+    arguments = ["tokens", "speculate", "a seven moving left", "--frames", "1", "--out", str(out)]
+    arguments += ["--guidance", "1", "--verification", "lantern++", "--skip", "uniform"]
+    assert main([*arguments, "--interval", "3", "--depth", "4", "--nodes", "12"]) == 0
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".mp4", ".png"]
+    summary = json.loads(out.with_suffix(".json").read_text())["summary"]
+    # but for those before features are there
+    assert 0 <= summary["drafts"] // 3 - summary["skipped"] < 3
+    assert summary["passes"] == summary["drafts"] - summary["skipped"]
+    assert summary["tokens_per_pass"] == 256 / summary["passes"] > 2
+    spent = summary["draft_seconds"] + summary["target_seconds"]
+    assert 0 < spent < summary["loop_seconds"] < summary["seconds"]
+    said = capsys.readouterr().out
+    assert "1 frames in" in said
+    assert f"{summary['drafts']} drafts, {summary['skipped']} steps of a video not ver" in said
+
+
+def test_exact_verification_gives_the_frames_of_raster_order() -> None:
+    models = embedded.load()
+    how = {"sampling": Sampling(0.9)}
+    raster, exact = (
+        list(EmbeddedVideos(models, **how, **way).generate(["a six"], frames=1, seed=3))
+        for way in ({"mode": "raster"}, {"mode": SPECULATIVE, "verification": Exact()})
+    )
+    assert torch.equal(raster[0].frames, exact[0].frames)
+    assert raster[0].counts is None
+    assert exact[0].counts.tokens == raster[0].passes == 256
+    assert exact[0].passes < 128
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"mode": "speculative", "k": 2}, "tokens: k must be left out for speculative, got 2"),
+        ({"mode": "raster", "drafter": True}, "tokens: drafter must be left out for raster"),
+    ],
+)
+def test_what_belongs_to_another_mode_is_refused(options: dict[str, object], text: str) -> None:
+    if "drafter" in options:
+        options = options | {"drafter": embedded.load_drafter()}
+    with pytest.raises(ValueError, match=text):
+        EmbeddedVideos(embedded.load(), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--skip", "uniform", "--interval", "1"], "skipping: interval must be at least 2, got 1;"),
+        (
+            ["--interval", "3"],
+            "interval: must be left out for skip none, got 3; it is uniform's",
+        ),
+        (
+            ["--skip", "dynamic", "--interval", "2"],
+            "interval: must be left out for skip dynamic, got 2; it is uniform's",
+        ),
+        (
+            ["--skip", "dynamic", "--threshold", "1.5"],
+            "skipping: threshold must lie in [-1, 1], got 1.5",
+        ),
+        (
+            ["--delta", "0.1"],
+            "delta: must be left out for verification exact, got 0.1; it is lantern's",
+        ),
+        (
+            ["--verification", "lantern", "--ratio", "2"],
+            "ratio: must be left out for verification lantern, got 2.0; it is lantern++'s",
+        ),
+        (["--verification", "lantern", "--delta", "-1"], "verify_relaxed: delta must"),
+        (["--verification", "lantern++", "--ratio", "0.5"], "verify_relaxed: ratio must"),
+        (["--verification", "typical", "--epsilon", "nan"], "verify_typical: epsilon must"),
+        (["--depth", "0"], "speculative: depth must lie in [1, 32], got 0"),
+        (["--children", "17"], "speculative: top_k must lie in [1, 16], got 17"),
+        (["--nodes", "1"], "speculative: nodes must lie in [2, 128], got 1"),
+        (["--frames", "0"], "tokens: frames must be at least 1, got 0"),
+        (["--top-k", "0"], "sampling: top_k must be at least 1, got 0"),
+    ],
+)
+def test_bad_speculation_is_one_sentence(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "a.mp4")]
+    assert main(["tokens", "speculate", "a seven", *out, *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"sdvg: {text}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_an_empty_prompt_is_refused(
     prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -132,6 +230,11 @@ def test_an_empty_prompt_is_refused(
             "row_start: must be left out for sjd, got above",
         ),
         (["--threads", "0"], "threads: must be at least 1, got 0"),
+        (["--methods", "scd"], "methods: must be left out for the table diagonal, got ['scd']"),
+        (
+            ["--table", "vvs"],
+            "modes: must be left out for the table vvs, got ['spatial']",
+        ),
     ],
 )
 def test_a_sweep_refuses_before_it_makes_anything(
@@ -252,7 +355,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = run(tmp_path)
     # after the warm-up of one frame each
     assert len([made for made in Fake.made if made[2] == 3]) == 1
-    assert [row.quality for row in again] == [row.quality for row in first]
+    assert [row.grade for row in again] == [row.grade for row in first]
     with pytest.raises(ValueError, match="was made with another frames"):
         run(tmp_path, frames=2)
 
@@ -267,8 +370,90 @@ def test_rates_and_shares_are_against_raster() -> None:
     raster, spatial = summarise(videos, table, 3, 1000)
     assert raster.tokens_per_second == 250
     assert spatial.tokens_per_second == 2000
-    assert (raster.kept, spatial.kept) == (1, pytest.approx(0.75))
-    assert spatial.kept_low == spatial.kept_high == pytest.approx(0.75)
+    assert (raster.grade.kept, spatial.grade.kept) == (1, pytest.approx(0.75))
+    assert spatial.grade.kept_low == spatial.grade.kept_high == pytest.approx(0.75)
+
+
+class Branches(Fake):
+    """What a line of the other table makes: VVS takes fewer passes, and draws a digit less well."""
+
+    def generate(
+        self, prompts: list[str], *, frames: int, seed: int, sequences: list[int]
+    ) -> list[Shown]:
+        line = self.line
+        speed = {"ar": 1, "eagle2": 2, "lantern": 3, "vvs-uniform": 4, "vvs-dynamic": 6}
+        fast = speed[line.method]
+        # the fastest is not as good
+        level = 0.8 - 0.01 * sequences[0] - (0.5 if fast == 6 else 0)
+        counts = None if fast == 1 else Counts(24 // fast, 12, 6 if fast > 3 else 0, 24)
+        stages = {"draft": 0.0, "target": 0.0}
+        picture = torch.full((1, 3, 8, 8), level)
+        return [Shown(i, picture, 24 // fast, 0.1, counts, stages) for i in range(frames)]
+
+
+def test_the_table_of_speculation_says_what_its_targets_say(tmp_path: Path) -> None:
+    methods = ("eagle2", "lantern", "vvs-uniform", "vvs-dynamic")
+    table = vvs_sweep.chosen(methods)
+    assert [line.key for line in table[:4]] == ["ar", "eagle2", "lantern delta=0.1",
+        "lantern delta=0.2"]  # fmt: skip
+    done = room.collect(
+        Branches, judge, tmp_path / "vvs.jsonl", lines=table, count=2, frames=3, seed=0, settings={}
+    )
+    rows = vvs_sweep.summarise(done, table, 2, 24)
+    files = vvs_sweep.write(tmp_path, rows, "About this run.")
+    assert sorted(path.name for path in files) == [
+        "vvs-frames.png", "vvs.csv", "vvs.md", "vvs.png", "vvs.svg",
+    ]  # fmt: skip
+    with (tmp_path / "vvs.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert ",".join(lines[0]) == (
+        "method,setting,tokens_per_pass,target_passes,seconds,speedup,quality,quality_low,"
+        "quality_high,images"
+    )
+    assert [line["tokens_per_pass"] for line in lines[:3]] == ["1.000", "2.000", "3.000"]
+    assert lines[-1]["setting"] == "threshold=0.8 delta=0.1"
+    assert rows[1].same == rows[0].images == 2
+    assert (rows[1].skipped, rows[-1].skipped, rows[0].shares) == (0, 0.5, None)
+    text = (tmp_path / "vvs.md").read_text()
+    # the fastest line does not count: it is worse than raster order
+    assert "vvs-uniform interval=2 delta=0.1 makes 4.00: yes" in text
+    assert "lantern delta=0.1 makes 3.00: yes" in text
+    assert "2 of 2 videos are ar's" in text
+
+
+def test_a_sweep_of_speculation_runs_every_line_with_one_drafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdvg.tokens import SpeculativeDecoder
+
+    seen: dict[int, EmbeddedVideos] = {}
+
+    def shown(self: EmbeddedVideos, prompts: list[str], *, frames: int, **_: object) -> list[Shown]:
+        seen[id(self)] = self
+        counts = stages = None
+        if isinstance(self.decoder, SpeculativeDecoder):
+            counts, stages = Counts(4, 4, 0, 16), {"draft": 0.1, "target": 0.1}
+        return [Shown(i, torch.zeros(1, 3, 32, 32), 4, 0.5, counts, stages) for i in range(frames)]
+
+    monkeypatch.setattr(EmbeddedVideos, "generate", shown)
+    methods = ("eagle2", "scd", "vvs-uniform")
+    arguments = ["tokens", "sweep", "--table", "vvs", "--quick", "--out", str(tmp_path)]
+    assert main([*arguments, "--methods", *methods]) == 0
+    with (tmp_path / "vvs.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["method"], row["setting"]) for row in table] == [
+        (line.method, line.setting) for line in vvs_sweep.chosen(methods)
+    ]
+    assert {row["images"] for row in table} == {"2"}
+    assert len(seen) == len(table)
+    decoders = [videos.decoder for videos in seen.values()]
+    trees = [decoder for decoder in decoders if isinstance(decoder, SpeculativeDecoder)]
+    assert len({id(decoder.drafter) for decoder in trees}) == 1
+    assert {(decoder.depth, decoder.top_k, decoder.nodes) for decoder in trees} == {
+        tuple(TREE.values())
+    }
+    weights = digest(embedded.FOLDER, "vq", "model", "drafter")
+    assert f"weights {weights}" in (tmp_path / "vvs.md").read_text()
 
 
 def test_the_committed_table_is_of_the_shipped_weights_and_says_what_the_readme_says() -> None:

@@ -1,15 +1,16 @@
-"""The embedded token model in the diagonal loop: moving digits from a prompt and from actions."""
+"""The embedded token model in the token loops: moving digits from a prompt and from actions."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdvg.models.embedded.tokens import ACTIONS, HEIGHT, WIDTH, VideoTokens
+from sdvg.models.drafter import EagleDrafter
+from sdvg.models.embedded.tokens import ACTIONS, HEIGHT, WIDTH, VideoTokens, load_drafter
 from sdvg.models.tokens import TokenLlama, from_transformers
 from sdvg.tokens.checks import whole
 from sdvg.tokens.diagonal import (
@@ -21,11 +22,18 @@ from sdvg.tokens.diagonal import (
     Sampling,
 )
 from sdvg.tokens.jacobi import JacobiDecoder, JacobiGeneration
+from sdvg.tokens.speculative import Counts, SpeculativeDecoder, SpeculativeGeneration
 
 # Jacobi decoding, coupled or not
 JACOBI = {"scd": True, "sjd": False}
+SPECULATIVE = "speculative"
+KINDS = (*MODES, *JACOBI, SPECULATIVE)
 # what its card says
 SAMPLING = Sampling(temperature=0.9, guidance=1.5)
+# more of a tree costs this small target more than it saves: see vvs.md
+TREE = {"depth": 5, "top_k": 4, "nodes": 24}
+# codes that may stand for a code, where verification is relaxed
+NEAR = 32
 
 
 class Shown(NamedTuple):
@@ -38,6 +46,9 @@ class Shown(NamedTuple):
     passes: int
     # spent in the loop since the start, decoding to pixels left out
     seconds: float
+    # of speculative decoding: what it has done since the start, and seconds of its stages
+    counts: Counts | None = None
+    stages: Mapping[str, float] | None = None
 
 
 class EmbeddedVideos:
@@ -46,9 +57,12 @@ class EmbeddedVideos:
     Args:
         models: `sdvg.models.embedded.tokens.load()`.
         model: its Llama over a static cache, to be shared by several; None: made here.
-        mode: of `DiagonalDecoder`; or "scd" or "sjd", for `JacobiDecoder`, coupled or not.
-        k: of `DiagonalDecoder`; of the other the window, which has a default.
-        options: of the decoder: row_start, context, ...; `sampling` is the card's by default.
+        mode: of `DiagonalDecoder`; "scd" or "sjd", for `JacobiDecoder`, coupled or not; or
+            "speculative", for `SpeculativeDecoder`.
+        k: of `DiagonalDecoder`; of `JacobiDecoder` the window, which has a default.
+        drafter: of speculative decoding, to be shared by several; None: loaded here where needed.
+        options: of the decoder: row_start, context, verification, skip, ...; `sampling` is the
+            card's by default, a tree `TREE`.
 
     Raises: ValueError, or TypeError for what is no number, in one sentence.
     """
@@ -60,18 +74,26 @@ class EmbeddedVideos:
         *,
         mode: str = "spatial",
         k: int | None = None,
+        drafter: EagleDrafter | None = None,
         **options: object,
     ) -> None:
-        if mode not in (*MODES, *JACOBI):
-            raise ValueError(
-                f"tokens: mode must be one of {', '.join((*MODES, *JACOBI))}, got {mode!r}"
-            )
+        if mode not in KINDS:
+            raise ValueError(f"tokens: mode must be one of {', '.join(KINDS)}, got {mode!r}")
+        if mode == SPECULATIVE and k is not None:
+            raise ValueError(f"tokens: k must be left out for {mode}, got {k}")
+        if mode != SPECULATIVE and drafter is not None:
+            raise ValueError(f"tokens: drafter must be left out for {mode}")
         self.models = models
         layout = Layout(HEIGHT, WIDTH, models.codes, extra=1)
         options = {"sampling": SAMPLING, **options}
         model = from_transformers(models.model) if model is None else model
-        self.decoder: DiagonalDecoder | JacobiDecoder
-        if mode in JACOBI:
+        self.decoder: DiagonalDecoder | JacobiDecoder | SpeculativeDecoder
+        if mode == SPECULATIVE:
+            if drafter is None:
+                drafter = load_drafter(device=model.device, dtype=models.model.dtype)
+            options = {"codebook": codebook(models), **TREE, **options}
+            self.decoder = SpeculativeDecoder(model, drafter, layout, **options)
+        elif mode in JACOBI:
             options |= {} if k is None else {"window": k}
             self.decoder = JacobiDecoder(model, layout, coupled=JACOBI[mode], **options)
         else:
@@ -124,7 +146,9 @@ class EmbeddedVideos:
         )
         return self._shown(running)
 
-    def _shown(self, running: Generation | JacobiGeneration) -> Iterator[Shown]:
+    def _shown(
+        self, running: Generation | JacobiGeneration | SpeculativeGeneration
+    ) -> Iterator[Shown]:
         there: Counter[int] = Counter()
         for frame in running:
             # of some sequences a frame may come earlier
@@ -132,7 +156,11 @@ class EmbeddedVideos:
             codes = running.codes[:, frame.index]
             if there[frame.index] == len(codes):
                 pixels = self.models.decode(codes)
-                yield Shown(frame.index, pixels, frame.passes, frame.seconds)
+                shown = Shown(frame.index, pixels, frame.passes, frame.seconds)
+                if isinstance(running, SpeculativeGeneration):
+                    stages = dict(running.clock.seconds)
+                    shown = shown._replace(counts=running.counts, stages=stages)
+                yield shown
 
     def _ids(self, actions: Tensor) -> Tensor:
         if not isinstance(actions, Tensor):
@@ -143,6 +171,11 @@ class EmbeddedVideos:
                 f"{int(actions.max())}"
             )
         return self.models.actions(actions)
+
+
+def codebook(models: VideoTokens) -> Tensor:
+    """Return the tokenizer's codes as vectors [codes, E] float32."""
+    return models.vq.quantize.embedding.weight.detach().float()
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:
