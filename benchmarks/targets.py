@@ -155,6 +155,11 @@ def _decoded(row: Row) -> bool:
     return row.op == "vae_decode" and fits and row.dtype == "bfloat16"
 
 
+def _verified(row: Row) -> bool:
+    sized = {"B": 16, "V": 16384, "N": 59}.items() <= sizes(row.shape).items()
+    return row.op.startswith("verify_") and sized
+
+
 _PENDING = _attention(B=1, T=14040, D=128, window=32760, blocks=3)
 _FEW = "attention bf16, T in {1, 16, 64}, S=16384"
 _ROPE = _starts("norm_rope")
@@ -284,6 +289,13 @@ TARGETS = (
         _ops(*_LARGE_MOVES, layers=30, T=4680),
         _against("clone-and-roll"),
         least=20,
+    ),
+    Target(
+        "drafted trees and chains of 59 nodes verified by each rule, B=16, V=16384",
+        "under 30 us",
+        _verified,
+        _microseconds,
+        most=30.0,
     ),
     Target(
         "a draft block: Wan 1.3B, four steps and the clean pass, window of 6 frames",
