@@ -157,12 +157,15 @@ def test_half_precision_is_within_twice_plain_pytorch(
 def test_bits_are_found_wherever_the_tree_begins(
     length: int, lane: Lane, random: torch.Generator
 ) -> None:
-    # of three words, the first and the last bit of each, and one beyond the cache
+    # of three words, the first and the last bit of each
     edges = (0, 31, 32, 63, 64, 95)
     bits = [[{bit} for bit in edges] + [set(edges), {31, 64}]]
+    # to the end of the cache, and beyond
     for size in (length + 96, length + 70):
         made = make([length], bits, 3, size, (1, 1), 64, random, lane)
-        check(run(lane, made), made)
+        behind = made.k.new_full((1, 50, 1, 64), torch.nan)
+        k, v = (torch.cat((cache, behind), 1)[:, :size] for cache in (made.k, made.v))
+        check(run(lane, made._replace(k=k, v=v)), made)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_padded_prompts_and_other_cache_rows_are_read_in_place(
     lane: Lane, random: torch.Generator
 ) -> None:
     # the second sequence's padding is longer than what is committed
-    pad = [17, 3]
+    pad = [17, 20]
     made = example(lane, random, (2, 2), pad=pad)
     query, k, v, lengths, mask, _ = made
     # of a cache of 3 rows and twice the slots: rows 2 and 0, every other slot
