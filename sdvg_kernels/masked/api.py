@@ -133,30 +133,35 @@ def _check(
     require_dtype(op, v_cache.dtype is dtype, "v_cache", "have query's dtype", v_cache.dtype)
     require(op, k_cache.device == device, "k_cache", "be on query's device", k_cache.device)
     require(op, v_cache.device == device, "v_cache", "be on query's device", v_cache.device)
-    dense = shape[3] <= 1 or query.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
+    dense = shape[3] <= 1 or query.stride()[3] == k_cache.stride()[3] == v_cache.stride()[3] == 1
     which, remedy = "query, k_cache and v_cache", "call .contiguous()"
     require(op, dense, which, "be contiguous in the last dim", "another stride", remedy)
-    fits = len(mask.shape) == 3 and mask.shape[:2] == shape[:2] and mask.shape[2] > 0
-    require(op, fits, "mask", "be [B, T, W] with query's B and T and a word at least", mask.shape)
-    require_dtype(op, mask.dtype == torch.int32, "mask", "be int32", mask.dtype)
+    batch, rows = shape[0], shape[1]
+    bits = mask.shape
+    fits = len(bits) == 3 and bits[0] == batch and bits[1] == rows and bits[2] > 0
+    require(op, fits, "mask", "be [B, T, W] with query's B and T and a word at least", bits)
+    require_dtype(op, mask.dtype is torch.int32, "mask", "be int32", mask.dtype)
     require(op, mask.device == device, "mask", "be on query's device", mask.device)
-    _check_numbers(op, "lengths", lengths, query)
+    _check_numbers(op, "lengths", lengths, batch, device)
     if cache_leftpad is not None:
-        _check_numbers(op, "cache_leftpad", cache_leftpad, query)
+        _check_numbers(op, "cache_leftpad", cache_leftpad, batch, device)
     if cache_batch_idx is not None:
-        _check_numbers(op, "cache_batch_idx", cache_batch_idx, query)
+        _check_numbers(op, "cache_batch_idx", cache_batch_idx, batch, device)
     else:
         remedy = "or pass cache_batch_idx"
-        require(op, cached[0] == shape[0], "k_cache", "have query's B", cached, remedy)
+        require(op, cached[0] == batch, "k_cache", "have query's B", cached, remedy)
 
 
-def _check_numbers(op: str, name: str, numbers: torch.Tensor, query: torch.Tensor) -> None:
-    """Raise unless `numbers` holds one for each sequence of query."""
-    require(op, numbers.shape == query.shape[:1], name, "be [B] of query", numbers.shape)
-    require_dtype(op, numbers.dtype == torch.int32, name, "be int32", numbers.dtype)
-    require(op, numbers.device == query.device, name, "be on query's device", numbers.device)
-    dense = numbers.is_contiguous()
-    require(op, dense, name, "be contiguous", numbers.stride(), "call .contiguous()")
+def _check_numbers(
+    op: str, name: str, numbers: torch.Tensor, batch: int, device: torch.device
+) -> None:
+    """Raise unless `numbers` holds one for each of `batch` sequences."""
+    shape = numbers.shape
+    require(op, len(shape) == 1 and shape[0] == batch, name, "be [B] of query", shape)
+    require_dtype(op, numbers.dtype is torch.int32, name, "be int32", numbers.dtype)
+    require(op, numbers.device == device, name, "be on query's device", numbers.device)
+    if not numbers.is_contiguous():
+        require(op, False, name, "be contiguous", numbers.stride(), "call .contiguous()")
 
 
 @functools.cache
