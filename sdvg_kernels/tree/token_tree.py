@@ -24,8 +24,8 @@ class TokenTree(NamedTuple):
                                                                4  1 1 . . 1
 
     Node 0 is the root, a parent comes before its children (breadth first, where candidates come
-    level by level), siblings stand in the order in which they are tried, padding is last. All on
-    one device.
+    level by level), siblings stand in the order in which they are tried and carry different tokens
+    (verification counts the chance of each), padding is last. All on one device.
     """
 
     # [B, N] int64; 0 in padding

@@ -618,8 +618,8 @@ def test_bad_candidates_get_one_sentence(
 
 @pytest.mark.gpu
 def test_rows_lie_past_2_to_the_31() -> None:
-    around = torch.zeros(2, 2**30 + 8, dtype=torch.bfloat16, device="cuda")
-    logits = around.view(-1).as_strided((2, 2, 300), (2**30 + 8, 2**30 - 400, 1))
+    around = torch.zeros(2**31 + 700, dtype=torch.bfloat16, device="cuda")
+    logits = around.as_strided((2, 2, 300), (2**31, 320, 1))
     logits.copy_(torch.randn(2, 2, 300))
     tokens, scores, _ = expand_tree(logits, top_k=4)
     plain = expand_tree(logits.contiguous(), top_k=4)
