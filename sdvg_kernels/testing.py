@@ -18,13 +18,8 @@ import torch.nn.functional as F
 from sdvg_kernels import (
     _ops,
     block_causal_attention,
-    build_tree,
     commit_,
     compact_,
-    diagonal_attention,
-    diagonal_mask,
-    diagonal_schedule,
-    expand_tree,
     gated_residual_layer_norm,
     implementations,
     norm_rope,
@@ -35,7 +30,6 @@ from sdvg_kernels import (
     rollback_,
     rope_table,
     route_blocks,
-    sample_tokens,
     select_,
     stage_,
 )
@@ -214,7 +208,6 @@ def assert_within_budget(
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-@functools.cache
 def signal_to_noise(out: torch.Tensor, exact: torch.Tensor) -> float:
     """Return the signal to noise of `out` in dB: 10 log10(|exact|^2 / |out - exact|^2).
 
@@ -224,6 +217,7 @@ def signal_to_noise(out: torch.Tensor, exact: torch.Tensor) -> float:
     return -10 * noise.log10().item()
 
 
+@functools.cache
 def fails_alone(implementation: str, seconds: float = 90.0) -> str:
     """Return "" or how attention by `implementation` fails on this GPU in a process of its own.
 
@@ -276,6 +270,9 @@ def _attend_alone(implementation: str) -> None:
 
 def main() -> int:
     """Check every lane of this machine on a few inputs; print a table; return 1 if one is wrong."""
+    # it imports this module
+    from sdvg_kernels import _self_check_tokens as _tokens
+
     failed = False
     for lane in lanes():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -285,7 +282,9 @@ def main() -> int:
                     what, _check_attention, lane, dtype, rows, sink, window, block_size
                 )
             what = f"diagonal_attention {lane.name} {str(dtype)[6:]}"
-            failed |= not _report(what, _check_diagonal, lane, dtype)
+            failed |= not _report(what, _tokens.check_diagonal, lane, dtype)
+            what = f"tree_attention {lane.name} {str(dtype)[6:]}"
+            failed |= not _report(what, _tokens.check_tree_attention, lane, dtype)
             what = f"norm_rope_stage_ {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_rope, lane, dtype)
             what = f"gated_residual_layer_norm {lane.name} {str(dtype)[6:]}"
@@ -298,8 +297,8 @@ def main() -> int:
             what = f"preprocess_frames {lane.name} {str(dtype)[6:]}"
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
-        failed |= not _report(f"sample_tokens {lane.name}", _check_sampling, lane)
-        failed |= not _report(f"expand_tree, build_tree {lane.name}", _check_tree, lane)
+        failed |= not _report(f"sample_tokens {lane.name}", _tokens.check_sampling, lane)
+        failed |= not _report(f"expand_tree, build_tree {lane.name}", _tokens.check_tree, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
         cache_lanes += [("reference", "cuda")]
@@ -346,31 +345,6 @@ def _check_attention(
         **options,
     )
     assert_within_budget(out, plain, exact)
-
-
-def _check_diagonal(lane: Lane, dtype: torch.dtype) -> None:
-    """Assert that two passes in one batch see what their mask says, and nothing else."""
-    random = torch.Generator().manual_seed(0)
-    made = diagonal_schedule(2, 5, 7, 2, row_start="newest", prefix=19, device=lane.device)
-    slots, steps = made.slots[[9, 25]], made.steps[[9, 25]]
-    size = made.size
-    sees = diagonal_mask(slots, steps, made.grid, size, implementation=lane.implementation)
-    wide = [torch.randn(2, slots.shape[1], 4, 64, generator=random)]
-    wide += [torch.randn(2, size, 2, 64, generator=random) for _ in range(2)]
-    query, k, v = (tensor.to(lane.device, dtype) for tensor in wide)
-    k[~sees.any(1)] = torch.nan
-    v[~sees.any(1)] = torch.nan
-    out = diagonal_attention(
-        query, k, v, slots, steps, made.grid, implementation=lane.implementation
-    )
-    assert not out[slots < 0].any(), "padding is not 0"
-
-    def plain(kind: torch.dtype) -> torch.Tensor:
-        tensors = (x.nan_to_num().to(kind).transpose(1, 2) for x in (query, k, v))
-        out = F.scaled_dot_product_attention(*tensors, attn_mask=sees[:, None], enable_gqa=True)
-        return out.transpose(1, 2)[slots >= 0]
-
-    assert_within_budget(out[slots >= 0], plain(dtype), plain(torch.float64))
 
 
 def _check_rope(lane: Lane, dtype: torch.dtype) -> None:
@@ -488,34 +462,6 @@ def _check_routing(lane: Lane) -> None:
     first = torch.tensor([False, False, False, True], device=lane.device)
     accept = route_blocks(rewards, 0.5, first, implementation=lane.implementation)
     assert accept.tolist() == [True, False, False, False], f"accept is {accept.tolist()}"
-
-
-def _check_sampling(lane: Lane) -> None:
-    """Assert that guided rows, top-k and top-p give the reference's tokens on the CPU."""
-    random = torch.Generator().manual_seed(0)
-    logits, uncond = (4 * torch.randn(6, 700, generator=random) for _ in range(2))
-    keys = {name: torch.arange(6) for name in ("seeds", "sequences", "positions")}
-    warp = {"guidance": 2.0, "temperature": 0.9, "top_k": 90, "top_p": 0.9}
-    want = sample_tokens(logits, uncond=uncond, **keys, **warp, implementation="reference")
-    logits, uncond = logits.to(lane.device), uncond.to(lane.device)
-    keys = {name: key.to(lane.device) for name, key in keys.items()}
-    got = sample_tokens(logits, uncond=uncond, **keys, **warp, implementation=lane.implementation)
-    assert torch.equal(got.cpu(), want), f"tokens are {got.tolist()}, not {want.tolist()}"
-
-
-def _check_tree(lane: Lane) -> None:
-    """Assert that a level of candidates and their tree are the reference's on the CPU."""
-    logits = torch.randn(2, 5, 700, generator=torch.Generator().manual_seed(0))
-
-    def run(how: str, where: str) -> list[torch.Tensor]:
-        tokens, scores, beams = expand_tree(logits.to(where), top_k=4, implementation=how)
-        found = (beams[:, 0], tokens, scores, torch.full_like(tokens, -1))
-        return [tokens, beams, *build_tree(*found, size=9, implementation=how)]
-
-    for got, want in zip(
-        run(lane.implementation, lane.device), run("reference", "cpu"), strict=True
-    ):
-        assert torch.equal(got.cpu(), want), "a level or its tree is not the reference's"
 
 
 def _check_cache(implementation: str, device: str) -> None:
