@@ -311,6 +311,7 @@ def test_logits_without_a_distribution_end_the_video_or_the_draft(where: str) ->
             {"codebook": torch.eye(3), "skip": Dynamic()},
             r"codebook must be \[18, E\], got \[3, 3\]",
         ),
+        ({"top_k": 16, "depth": 5}, r"at most 1024 candidates, .*, got 1040"),
         ({"graphs": True}, "graphs must be off without a GPU"),
     ],
 )

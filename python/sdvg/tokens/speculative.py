@@ -37,6 +37,8 @@ from sdvg.tokens.trees import TreeModel, Trees
 from sdvg_kernels import TokenTree, Verified, verify_relaxed, verify_tree, verify_typical
 
 _OP = "speculative"
+# that `build_tree` chooses from
+_CANDIDATES = 1024
 
 
 class Verification(Protocol):
@@ -134,6 +136,12 @@ class SpeculativeDecoder:
         check_layout(_OP, layout, model.vocabulary)
         if layout.eol is not None:
             raise ValueError(f"speculative: rows must have no end-of-line token, got {layout.eol}")
+        candidates = top_k + (depth - 1) * top_k**2
+        if candidates > _CANDIDATES:
+            raise ValueError(
+                f"speculative: depth and top_k must make at most {_CANDIDATES} candidates, top_k + "
+                f"(depth - 1) top_k^2, got {candidates}"
+            )
         if top_k > layout.codes:
             raise ValueError(
                 f"speculative: top_k must be at most the {layout.codes} codes, got {top_k}"
@@ -154,7 +162,7 @@ class SpeculativeDecoder:
             self.codebook = skipping.unit(codebook).to(model.device)
         self.depth, self.top_k = depth, top_k
         # more than there are candidates would be padding
-        self.nodes = min(nodes, 1 + top_k + (depth - 1) * top_k**2)
+        self.nodes = min(nodes, 1 + candidates)
         self.sampling = sampling or Sampling()
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
         self.recorder = Recorder()
