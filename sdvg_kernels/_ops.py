@@ -283,3 +283,101 @@ define(
     " str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_tree,
 )
+
+# tree_step: the fields of DraftEntries, BeamEntries and TreeEntries; and compact_'s path. layout is
+# [prefix, tokens of a frame, extra, first]
+
+
+def _fake_draft(
+    ids: torch.Tensor, features: torch.Tensor, *arguments: object
+) -> tuple[torch.Tensor, ...]:
+    rows, room = ids.shape[0], arguments[4]
+    small = functools.partial(ids.new_empty, dtype=torch.int32)
+    return (
+        ids.new_empty((rows, room)),
+        features.new_empty((rows, room, features.shape[2])),
+        small((rows, room)),
+        small((rows, room, -(-room // 32))),
+        ids.new_empty(rows),
+        ids.new_empty(rows),
+        small(rows),
+        small(rows),
+    )
+
+
+def _fake_beams(
+    known: torch.Tensor,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    beams: torch.Tensor,
+    features: torch.Tensor,
+    mask: torch.Tensor | None,
+    level: int,
+    words: int,
+    *_: object,
+) -> tuple[torch.Tensor, ...]:
+    rows, (batch, width) = known.shape[0], beams.shape
+    return (
+        tokens.new_empty((rows, width)),
+        features.new_empty((rows, width, features.shape[2])),
+        known.new_empty((rows, width)),
+        known.new_empty((rows, width)),
+        known.new_empty((rows, width, words)),
+        scores.new_empty((batch, width)),
+        beams.new_empty((batch, width * width)),
+    )
+
+
+def _fake_entries(
+    ids: torch.Tensor,
+    known: torch.Tensor,
+    lengths: torch.Tensor,
+    skipping: torch.Tensor,
+    tokens: torch.Tensor,
+    depths: torch.Tensor,
+    mask: torch.Tensor,
+    room: int,
+    *_: object,
+) -> tuple[torch.Tensor, ...]:
+    shape = (ids.shape[0], room + tokens.shape[1])
+    return (
+        ids.new_empty(shape),
+        known.new_empty(shape),
+        known.new_empty(shape),
+        known.new_empty((*shape, -(-room // 32) + mask.shape[2])),
+        torch.empty_like(known),
+    )
+
+
+_STATE = "Tensor{} ids, Tensor{} features, Tensor{} known, Tensor lengths, Tensor{} drafted"
+
+define(
+    f"draft_entries({_STATE.replace('{}', '')}, int[] layout, int room, str implementation)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_draft,
+)
+define(
+    "beam_entries(Tensor known, Tensor tokens, Tensor scores, Tensor beams, Tensor features,"
+    " Tensor? mask, int level, int words, int first, str implementation)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_beams,
+)
+define(
+    "tree_entries(Tensor ids, Tensor known, Tensor lengths, Tensor skipping, Tensor tokens,"
+    " Tensor depths, Tensor mask, int room, int first, str implementation)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_entries,
+)
+define(
+    f"commit_tree_({_STATE.format('(a!)', '(b!)', '(c!)', '(d!)')}, Tensor tokens, Tensor path,"
+    " Tensor counts, Tensor? drawn, Tensor? chain, Tensor? out, int[] layout, str implementation)"
+    " -> Tensor",
+    lambda ids, features, known, lengths, drafted, tokens, path, counts, drawn, chain, out, *_: (
+        known.new_empty(
+            (
+                ids.shape[0],
+                0 if out is None else out.shape[1] - tokens.shape[1] + 1 + path.shape[1],
+            )
+        )
+    ),
+)

@@ -1,0 +1,357 @@
+"""`draft_entries`, `beam_entries`, `tree_entries`, `commit_tree_`: a tree's step but its passes.
+
+    draft_entries   drafter   expand_tree, beam_entries, drafter   (a level each)   build_tree
+    tree_entries    target    verify_tree, commit_tree_, compact_
+
+Each is one launch of copies and integers, exact in every implementation. All take
+`implementation=`: "triton" or "reference"; None: Triton on CUDA, else the reference. They raise
+ValueError (shape, value), TypeError (dtype) and NotImplementedError (cannot run here); they are
+deterministic, never wait for the device, and are safe in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from sdvg_kernels import _ops
+from sdvg_kernels._check import (
+    by_preference,
+    require,
+    require_dtype,
+    require_implementation,
+    triton_reason,
+)
+from sdvg_kernels.tree_step import reference
+from sdvg_kernels.tree_step.entries import (
+    BeamEntries,
+    DraftEntries,
+    FrameLayout,
+    TreeEntries,
+    TreeState,
+)
+
+# entries of a pass, and levels of a tree, that a program holds
+MOST_ENTRIES, MOST_LEVELS = 1024, 64
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Tree(Protocol):
+    """What is read of a `sdvg_kernels.TokenTree`."""
+
+    tokens: torch.Tensor
+    depths: torch.Tensor
+    mask: torch.Tensor
+
+
+def draft_entries(
+    state: TreeState, layout: FrameLayout, room: int, *, implementation: str | None = None
+) -> DraftEntries:
+    """Return what the drafter is fed before a tree: the pairs (token, feature before it) to `room`.
+
+        slot    drafted ... lengths | lengths + 1 ... known - 1 | padding
+        feature of the slot before: |  of as many slots before  |
+                  the target's own  |  as K/V and features miss |
+
+    so that the chain's pairs go on from the newest features that there are, VVS's stale ones. An
+    entry sees the entries up to itself, and all slots below `drafted`.
+
+    Args:
+        state: read only.
+        layout: of the video; `state.known` is at least its `prefix`.
+        room: T, 1 to 1024; where there are more pairs, the rest is left out, the root too.
+
+    Returns:
+        DraftEntries: with it, what the tree needs that is drafted from there.
+
+    Cost: reads and writes T features of each row.
+    """
+    op = "draft_entries"
+    _check_state(op, state)
+    _check_layout(op, layout)
+    if not 1 <= room <= MOST_ENTRIES:
+        require(op, False, "room", f"lie in [1, {MOST_ENTRIES}]", room)
+    chosen = _choose(op, state.ids, implementation)
+    return DraftEntries(*torch.ops.sdvg_kernels.draft_entries(*state, list(layout), room, chosen))
+
+
+def beam_entries(
+    known: torch.Tensor,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    beams: torch.Tensor,
+    features: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    level: int,
+    words: int,
+    first: int = 0,
+    implementation: str | None = None,
+) -> BeamEntries:
+    """Return what the drafter is fed after a level: its K beams, behind those that they continue.
+
+    Beam k of level l stands in slot `known + l K + k` at position `known + l`; it sees itself, what
+    the beam sees that it continues, and all slots below `known`. Where it is a place without a
+    child (token -1), it is fed as code 0; nothing that follows it has a score.
+
+    Args:
+        known: [R] int32, as a `TreeState` has them.
+        tokens, scores: [B, W * K] int64 and float32, contiguous: the level's candidates, of
+            `expand_tree`; R is a multiple of B.
+        beams: [B, K] int32, contiguous, of `expand_tree`, too.
+        features: [R, W, width] floating: the drafter's, of the beams that have been expanded.
+        mask: [R, W, `words`] int32, contiguous, of the level before; None for level 0.
+        level: from 0 on.
+        words: of the mask: at least `(level + 1) * K` bits.
+        first: the id of code 0.
+
+    Cost: reads and writes K features of each row.
+    """
+    op = "beam_entries"
+    check = functools.partial(require, op)
+    shape, device = beams.shape, known.device
+    check(known.dim() == 1, "known", "be [R]", known.shape)
+    check(len(shape) == 2 and shape[1] > 0, "beams", "be [B, K] with K >= 1", shape)
+    batch, width = shape
+    _check_rows(op, len(known), "beams", batch)
+    good = tokens.dim() == 2 and tokens.shape[0] == batch and tokens.shape[1] % width == 0
+    check(good and tokens.shape[1] > 0, "tokens", "be [B, W * K] with W >= 1", tokens.shape)
+    count = tokens.shape[1] // width
+    good = features.dim() == 3 and features.shape[:2] == (len(known), count)
+    check(good, "features", f"be [R, W, width] with R = {len(known)}, W = {count}", features.shape)
+    require_dtype(op, features.dtype.is_floating_point, "features", "be floating", features.dtype)
+    check(features.device == device, "features", "be on known's device", features.device)
+    check(level >= 0, "level", "be at least 0", level)
+    check(32 * words >= (level + 1) * width, "words", f"hold {(level + 1) * width} bits", words)
+    _plain(op, "known", known, torch.int32, known.shape, device)
+    _plain(op, "tokens", tokens, torch.int64, tokens.shape, device)
+    _plain(op, "scores", scores, torch.float32, tokens.shape, device)
+    _plain(op, "beams", beams, torch.int32, shape, device)
+    if mask is not None:
+        _plain(op, "mask", mask, torch.int32, (len(known), count, words), device)
+    else:
+        check(level == 0, "mask", "be given after level 0", None)
+    chosen = _choose(op, known, implementation)
+    return BeamEntries(
+        *torch.ops.sdvg_kernels.beam_entries(
+            known, tokens, scores, beams, features, mask, level, words, first, chosen
+        )
+    )
+
+
+def tree_entries(
+    state: TreeState,
+    layout: FrameLayout,
+    tree: Tree,
+    skipping: torch.Tensor,
+    room: int,
+    *,
+    implementation: str | None = None,
+) -> TreeEntries:
+    """Return what the target is fed: [chain | tree], padded to `room` and the tree's nodes.
+
+        entry   0 ... chain - 1 | ... room - 1 | room + j, node j of the tree
+        slot    lengths + entry |  (padding)   | lengths + 32 ceil(room / 32) + j
+
+    Entry i of the chain sees those up to itself; a node sees the chain, itself and what is above
+    it; all see the slots below `lengths`. The root is the token in slot `known - 1` of each row.
+
+    Args:
+        state: read only.
+        layout: of the video.
+        tree: a TokenTree of B trees, contiguous; R is a multiple of B.
+        skipping: [B] bool: these are not fed, nor are those that know all S tokens.
+        room: 0 to 1024: no less than the longest chain that is fed.
+
+    Cost: a program a row.
+    """
+    op = "tree_entries"
+    _check_state(op, state)
+    _check_layout(op, layout)
+    shape, device = tree.tokens.shape, state.ids.device
+    batch, nodes = _check_tokens(op, state, tree.tokens)
+    _plain(op, "tree.depths", tree.depths, torch.int32, shape, device)
+    words = (batch, nodes, -(-nodes // 32))
+    _plain(op, "tree.mask", tree.mask, torch.int32, words, device)
+    _plain(op, "skipping", skipping, torch.bool, shape[:1], device)
+    if not 0 <= room <= MOST_ENTRIES - nodes:
+        require(op, False, "room", f"lie in [0, {MOST_ENTRIES - nodes}]", room)
+    chosen = _choose(op, state.ids, implementation)
+    return TreeEntries(
+        *torch.ops.sdvg_kernels.tree_entries(
+            state.ids, state.known, state.lengths, skipping, tree.tokens, tree.depths, tree.mask,
+            room, layout.first, chosen,
+        )
+    )  # fmt: skip
+
+
+def commit_tree_(
+    state: TreeState,
+    layout: FrameLayout,
+    tokens: torch.Tensor,
+    path: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    drawn: torch.Tensor | None = None,
+    chain: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Commit a path of each tree, and what the target has seen of it; return `compact_`'s path.
+
+    Tokens go behind `known`, no further than the frame that the first belongs to; where they end
+    it, `known` passes its extra tokens, too. `drafted` becomes `lengths + 1`. After a pass of the
+    target (`drawn`, `chain` and `out` are given, none without the others) the drawn token comes
+    behind the path, `counts` is taken to be at least 1 and a drawn token below 0 is committed as
+    -1; the features of chain, root and path go to the slots from `lengths` on, where `compact_`,
+    which is to follow, moves their K/V and counts them in `lengths`.
+
+    Args:
+        state: its ids, features, known and drafted are written.
+        layout: of the video.
+        tokens: [B, N] int64, contiguous: the tree's; R is a multiple of B.
+        path: [B, P] integers, any strides: the nodes below the root, 1 <= P <= 64.
+        counts: [B] integers, any stride: how many nodes are committed, the root included; 0: none.
+        drawn: [B] int64, any stride.
+        chain: [R] int32, contiguous, of `tree_entries`: where it is -1, nothing is committed.
+        out: [R, room + N, width] of the features' dtype: the target's, of `tree_entries`.
+
+    Returns:
+        [R, room + 1 + P] int32, offsets from `lengths`, padded with -1; [R, 0] without `out`.
+
+    Mutates: state.
+    Cost: reads and writes the features of chain and path; a program each.
+    """
+    op = "commit_tree_"
+    _check_state(op, state)
+    _check_layout(op, layout)
+    device, rows = state.ids.device, len(state.ids)
+    batch, nodes = _check_tokens(op, state, tokens)
+    good = path.dim() == 2 and path.shape[0] == batch and 1 <= path.shape[1] <= MOST_LEVELS
+    require(op, good, "path", f"be [B, P] with P from 1 to {MOST_LEVELS}", path.shape)
+    require_dtype(op, path.dtype in _INTEGERS, "path", "be int32 or int64", path.dtype)
+    require(op, path.device == device, "path", "be on the state's device", path.device)
+    _strided(op, "counts", counts, _INTEGERS, batch, device)
+    given = sum(one is not None for one in (drawn, chain, out))
+    require(op, given in (0, 3), "drawn, chain and out", "come together", f"{given} of them")
+    if out is not None:
+        _strided(op, "drawn", drawn, (torch.int64,), batch, device)
+        _plain(op, "chain", chain, torch.int32, (rows,), device)
+        width = state.features.shape[2]
+        good = out.dim() == 3 and (out.shape[0], out.shape[2]) == (rows, width)
+        good = good and nodes <= out.shape[1] <= MOST_ENTRIES
+        rule = f"be [{rows}, room + {nodes}, {width}], at most {MOST_ENTRIES} entries"
+        require(op, good, "out", rule, out.shape)
+        same = out.dtype is state.features.dtype
+        require_dtype(op, same, "out", f"be {state.features.dtype} like the features", out.dtype)
+        require(op, out.device == device, "out", "be on the state's device", out.device)
+    chosen = _choose(op, state.ids, implementation)
+    return torch.ops.sdvg_kernels.commit_tree_(
+        *state, tokens, path, counts, drawn, chain, out, list(layout), chosen
+    )
+
+
+def _check_state(op: str, state: TreeState) -> None:
+    """Check what all ops that take a state ask of it."""
+    ids, features = state.ids, state.features
+    rows, device = len(ids), ids.device
+    if ids.dim() != 2 or ids.shape[1] < 2:
+        require(op, False, "state.ids", "be [R, S + 1] with S >= 1", ids.shape)
+    _plain(op, "state.ids", ids, torch.int64, ids.shape, device)
+    if features.dim() != 3 or features.shape[:2] != ids.shape:
+        require(op, False, "state.features", "be [R, S + 1, width] like ids", features.shape)
+    floating = features.dtype.is_floating_point
+    require_dtype(op, floating, "state.features", "be floating", features.dtype)
+    _plain(op, "state.features", features, features.dtype, features.shape, device)
+    for name in ("known", "lengths", "drafted"):
+        _plain(op, f"state.{name}", getattr(state, name), torch.int32, (rows,), device)
+
+
+def _check_layout(op: str, layout: FrameLayout) -> None:
+    if layout.tokens < 1 or min(layout) < 0:
+        require(op, False, "layout", "hold tokens >= 1 and nothing below 0", tuple(layout))
+
+
+def _check_tokens(op: str, state: TreeState, tokens: torch.Tensor) -> torch.Size:
+    """Check a tree's tokens [B, N] and return their shape."""
+    shape = tokens.shape
+    good = len(shape) == 2 and 1 <= shape[1] <= MOST_ENTRIES
+    require(op, good, "tokens", f"be [B, N] with N from 1 to {MOST_ENTRIES}", shape)
+    _plain(op, "tokens", tokens, torch.int64, shape, state.ids.device)
+    _check_rows(op, len(state.ids), "tokens", shape[0])
+    return shape
+
+
+def _check_rows(op: str, rows: int, name: str, batch: int) -> None:
+    if rows % batch if batch else rows:
+        require(op, False, name, f"be of a number of sequences that divides {rows} rows", batch)
+
+
+def _plain(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """Check a contiguous tensor of a known shape."""
+    require_dtype(op, tensor.dtype is dtype, name, f"be {dtype}", tensor.dtype)
+    if tensor.shape != shape or not tensor.is_contiguous():
+        got = f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+        require(op, False, name, f"be {list(shape)}, contiguous", got)
+    require(op, tensor.device == device, name, f"be on {device}", tensor.device)
+
+
+def _strided(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    batch: int,
+    device: torch.device,
+) -> None:
+    """Check integers [B] of any stride."""
+    rule = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    require_dtype(op, tensor.dtype in dtypes, name, f"be {rule}", tensor.dtype)
+    require(op, tensor.shape == (batch,), name, f"be [B] with B = {batch}", tensor.shape)
+    require(op, tensor.device == device, name, f"be on {device}", tensor.device)
+
+
+def _choose(op: str, tensor: torch.Tensor, implementation: str | None) -> str:
+    device = tensor.device.type
+    return require_implementation(op, implementation, _available(device), f"{device} tensors")
+
+
+@functools.cache
+def _available(device: str) -> dict[str, str]:
+    """Return implementation -> "" or why it cannot run on `device`, in order of preference."""
+    return by_preference(device, triton_reason(device))
+
+
+def implementations() -> dict[str, str]:
+    """Return implementation -> "" or why it is not available here, by preference."""
+    if torch.cuda.is_available():
+        return dict(_available("cuda"))
+    return {"triton": "no CUDA device is available", "reference": ""}
+
+
+def _run(name: str) -> Callable[..., object]:
+    """Return what runs the op `name`: its last argument chooses the implementation."""
+
+    def run(*arguments: object) -> object:
+        *given, implementation = arguments
+        if implementation == "reference":
+            return getattr(reference, name)(*given)
+        from sdvg_kernels.tree_step import kernel
+
+        return getattr(kernel, name)(*given)
+
+    return run
+
+
+for _name in ("draft_entries", "beam_entries", "tree_entries", "commit_tree_"):
+    _ops.implement(_name, cpu=_run(_name), cuda=_run(_name))
