@@ -394,8 +394,9 @@ class Branches(Fake):
 def test_the_table_of_speculation_says_what_its_targets_say(tmp_path: Path) -> None:
     methods = ("eagle2", "lantern", "vvs-uniform", "vvs-dynamic")
     table = vvs_sweep.chosen(methods)
-    assert [line.key for line in table[:4]] == ["ar", "eagle2", "lantern delta=0.1",
-        "lantern delta=0.2"]  # fmt: skip
+    assert [line.key for line in table[:4]] == [
+        "ar", "eagle2", "eagle2 tree=wide", "lantern delta=0.1",
+    ]  # fmt: skip
     done = room.collect(
         Branches, judge, tmp_path / "vvs.jsonl", lines=table, count=2, frames=3, seed=0, settings={}
     )
@@ -410,8 +411,8 @@ def test_the_table_of_speculation_says_what_its_targets_say(tmp_path: Path) -> N
         "method,setting,tokens_per_pass,target_passes,seconds,speedup,quality,quality_low,"
         "quality_high,images"
     )
-    assert [line["tokens_per_pass"] for line in lines[:3]] == ["1.000", "2.000", "3.000"]
-    assert lines[-1]["setting"] == "threshold=0.8 delta=0.1"
+    assert [line["tokens_per_pass"] for line in lines[1:4]] == ["2.000", "2.000", "3.000"]
+    assert lines[-1]["setting"] == "threshold=0.8 delta=0.1 tree=wide"
     assert rows[1].same == rows[0].images == 2
     assert (rows[1].skipped, rows[-1].skipped, rows[0].shares) == (0, 0.5, None)
     text = (tmp_path / "vvs.md").read_text()
@@ -450,8 +451,8 @@ def test_a_sweep_of_speculation_runs_every_line_with_one_drafter(
     trees = [decoder for decoder in decoders if isinstance(decoder, SpeculativeDecoder)]
     assert len({id(decoder.drafter) for decoder in trees}) == 1
     assert {(decoder.depth, decoder.top_k, decoder.nodes) for decoder in trees} == {
-        tuple(TREE.values())
-    }
+        tuple(TREE.values()), tuple(vvs_sweep.WIDE.values()),
+    }  # fmt: skip
     weights = digest(embedded.FOLDER, "vq", "model", "drafter")
     assert f"weights {weights}" in (tmp_path / "vvs.md").read_text()
 
