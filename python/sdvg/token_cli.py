@@ -137,9 +137,10 @@ def _make(args: argparse.Namespace, load: Callable[[], EmbeddedVideos]) -> int:
         aside.keep()
     for path in paths:
         print(*(path.with_suffix(suffix) for suffix in (".mp4", ".png", ".json")), sep="\n")
+    together = f" of {len(paths)} videos" if len(paths) > 1 else ""
     print(
         f"{len(shown)} frames in {seconds:.2f} s: {summary['passes']} passes, "
-        f"{summary['tokens_per_pass']:.1f} tokens a pass, "
+        f"{summary['tokens_per_pass']:.1f} tokens a pass{together}, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
     if shown[-1].counts is not None:
