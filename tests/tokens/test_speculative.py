@@ -118,7 +118,8 @@ def test_without_skipping_every_token_is_raster_orders(sampling: Sampling, extra
 
 
 def test_a_good_drafter_needs_fewer_passes() -> None:
-    how = decoder(Layout(3, 4, CODES, first=2), sampling=Sampling(temperature=0.0))
+    # trees of all candidates
+    how = decoder(Layout(3, 4, CODES, first=2), sampling=Sampling(temperature=0.0), nodes=22)
     how.model.head.weight.zero_()
     made = make(how, 1)
     # the lowest id wins all ties: four tokens a step, three drafted and one drawn
