@@ -217,8 +217,9 @@ def verify_tree(
     Args:
         tree: `TokenTree`, or anything with these of its fields, [B, N] each: `tokens` (int32 or
             int64), `parents`, `first_child`, `next_sibling` (int32). A child that its parent does
-            not know, or that does not know its parent, is not there; a token outside the vocabulary
-            is never accepted, and one that stands twice among siblings counts once.
+            not know, that does not know its parent, or that stands before it or before an elder
+            sibling is not there; a token outside the vocabulary is never accepted, and one that
+            stands twice among siblings counts once.
         logits: [B, N, V] floating, any strides: what the target says behind each node. Rows of
             leaves that the walk does not reach, and of padding, are not read.
         seeds, sequences, positions: [B] integers that key the noise, as in `sample_tokens`;

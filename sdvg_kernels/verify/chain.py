@@ -4,8 +4,8 @@
     one: argmax of log max(0, p - q) - log E, and of log p - log E where nothing was rejected
 
 p and q at the drafted tokens come from `rows`: of the target's rows, and of the drafter's or its
-probabilities. Layout: draft [B, n]; stats, q_stats [3, B, n]; leasts, chances and the drafter's
-[B, n]; logits, uncond [B, n + 1, V]; guess, guess_uncond [B, n, V]; path [B, P]; the others [B].
+probabilities. Layout: draft to q_chances [B, n]; logits, uncond [B, n + 1, V]; guess, guess_uncond
+[B, n, V]; path [B, P]; the others [B].
 """
 
 # a Triton kernel's arguments have no Python types
@@ -24,7 +24,7 @@ from sdvg_kernels import _warp
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels.verify import config
 from sdvg_kernels.verify.reference import SUM_TOLERANCE, Keys, Warp
-from sdvg_kernels.verify.rows import Rows, launch_rows
+from sdvg_kernels.verify.rows import Rows, launch_rows, new_rows
 
 # what the drafter gives: it is certain of its token; or logits; or probabilities
 CERTAIN, LOGITS, PROBS = (tl.constexpr(kind) for kind in range(3))
@@ -105,10 +105,12 @@ def _race(
 @triton.jit
 def chain_kernel(
     draft,
-    stats,
+    tops,
+    masses,
     leasts,
     chances,
-    q_stats,
+    q_tops,
+    q_masses,
     q_leasts,
     q_chances,
     logits,
@@ -133,7 +135,6 @@ def chain_kernel(
     stride_wb,
     stride_wn,
     stride_wv,
-    B,
     N,
     V,
     levels,
@@ -155,10 +156,8 @@ def chain_kernel(
 ):
     """Write the path, the count and the token of sequence `program_id(0)`."""
     i_b = tl.program_id(0).to(tl.int64)
-    p_top = stats + i_b * N
-    p_mass = p_top + B.to(tl.int64) * N
-    q_top = q_stats + i_b * N
-    q_mass = q_top + B.to(tl.int64) * N
+    p_mass = masses + i_b * N
+    q_mass = q_masses + i_b * N
     seed, sequence, position = 0, 0, 0
     if not IS_GREEDY:
         seed = tl.load(seeds + i_b)
@@ -170,7 +169,9 @@ def chain_kernel(
     # what could have come, where nothing is left for the race
     spare = tl.full([], -1, tl.int32)
     x = tl.full([], -1, tl.int64)
-    goes = (levels > 0).to(tl.int32)
+    goes = tl.full([], 0, tl.int32)
+    if levels > 0:
+        goes = tl.full([], 1, tl.int32)
     while goes > 0:
         goes = tl.full([], 0, tl.int32)
         at = i_b * N + level
@@ -228,12 +229,15 @@ def chain_kernel(
                 sequence, position + level, lost, BR, HAS_UNCOND, HAS_TOP_K or HAS_TOP_P, False,
             )  # fmt: skip
         elif is_rejected:
-            top, mass = tl.load(p_top + level), tl.load(p_mass + level)
+            top, mass = tl.load(tops + i_b * N + level), tl.load(p_mass + level)
             q_peak, q_least, q_total = 0.0, tl.full([], 0, tl.int32), tl.load(q_mass + level)
             p_g = guess + i_b * stride_gb + level.to(tl.int64) * stride_gn
             p_w = guess
             if DRAFTER == LOGITS:
-                q_peak, q_least = tl.load(q_top + level), tl.load(q_leasts + i_b * N + level)
+                q_peak, q_least = (
+                    tl.load(q_tops + i_b * N + level),
+                    tl.load(q_leasts + i_b * N + level),
+                )
                 if HAS_GUESS_UNCOND:
                     p_w = guess_uncond + i_b * stride_wb + level.to(tl.int64) * stride_wn
             # [BR]
@@ -313,10 +317,12 @@ def verify_chain(
             q_rows = _launch_sums(guess, draft, levels)
         chain_kernel[(batch,)](
             draft=draft,
-            stats=rows.stats,
+            tops=rows.tops,
+            masses=rows.masses,
             leasts=rows.leasts,
             chances=rows.chances,
-            q_stats=q_rows.stats,
+            q_tops=q_rows.tops,
+            q_masses=q_rows.masses,
             q_leasts=q_rows.leasts,
             q_chances=q_rows.chances,
             logits=logits,
@@ -333,7 +339,6 @@ def verify_chain(
             **_strides("u", uncond),
             **_strides("g", guess),
             **_strides("w", guess_uncond),
-            B=batch,
             N=drafted,
             V=vocabulary,
             levels=levels,
@@ -361,17 +366,13 @@ def verify_chain(
 def _launch_sums(probs: torch.Tensor, draft: torch.Tensor, levels: int) -> Rows:
     """Return what is read of the drafter's probabilities: their sums, and shares of its tokens."""
     batch, drafted = draft.shape
-    rows = Rows(
-        probs.new_empty((3, batch, drafted), dtype=torch.float32),
-        probs.new_empty((batch, drafted), dtype=torch.int32),
-        probs.new_empty((batch, drafted), dtype=torch.float32),
-    )
+    rows = new_rows(probs, drafted)
     if levels:
         launch = config.SUMS
         sums_kernel[(levels, batch)](
             probs=probs,
             draft=draft,
-            masses=rows.stats[1],
+            masses=rows.masses,
             chances=rows.chances,
             **_strides("p", probs),
             N=drafted,
@@ -390,7 +391,7 @@ def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield the shipped configurations for `arch`, with guidance and both thresholds."""
+    """Yield the shipped configurations for `arch`: guided with both thresholds, or plain."""
     sums = config.SUMS
     yield Compilation(
         kernel=sums_kernel,
@@ -408,19 +409,25 @@ def compilations(arch: int) -> Iterator[Compilation]:
     strides = tuple(f"stride_{of}{axis}" for of in "cugw" for axis in "bn")
     logits = ("logits", "uncond", "guess", "guess_uncond")
     pointers = dict.fromkeys(logits, "*bf16") | dict.fromkeys(("draft", "seeds", "out"), "*i64")
-    pointers |= dict.fromkeys(("stats", "chances", "q_stats", "q_chances"), "*fp32")
+    pointers |= dict.fromkeys(
+        ("tops", "masses", "chances", "q_tops", "q_masses", "q_chances"), "*fp32"
+    )
     whole = ("leasts", "q_leasts", "sequences", "positions", "path", "counts")
     pointers |= dict.fromkeys(whole, "*i32")
     drafters = {"certain": CERTAIN, "logits": LOGITS, "probs": PROBS}
+    drafters |= {"plain": CERTAIN, "greedy": CERTAIN}
     cases = [(launch, "logits") for launch in (*config.WHOLE, config.TILED)]
-    cases += [(config.WHOLE[-1], drafter) for drafter in ("certain", "probs")]
+    cases += [(config.WHOLE[-1], drafter) for drafter in drafters if drafter != "logits"]
     for launch, drafter in cases:
+        warps = drafter not in ("plain", "greedy")
+        absent = () if warps else ("uncond",)
+        absent += {"logits": (), "probs": ("guess_uncond",)}.get(drafter, ("guess", "guess_uncond"))
         yield Compilation(
             kernel=chain_kernel,
             arch=arch,
             config=f"bf16 {drafter} BV{launch.BV}" + ("" if launch.IS_WHOLE else " tiled"),
             signature=pointers
-            | dict.fromkeys((*strides, "B", "N", "V", "levels", "depth", "top_k"), "i32")
+            | dict.fromkeys((*strides, "N", "V", "levels", "depth", "top_k"), "i32")
             | dict.fromkeys(("guidance", "inverse_temperature", "top_p"), "fp32"),
             constants=dict.fromkeys((f"stride_{of}v" for of in "cugw"), 1)
             | {
@@ -428,13 +435,14 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 "BV": launch.BV,
                 "BR": launch.BR,
                 "DRAFTER": drafters[drafter].value,
-                "HAS_UNCOND": True,
+                "HAS_UNCOND": warps,
                 "HAS_GUESS_UNCOND": drafter == "logits",
-                "HAS_TOP_K": True,
-                "HAS_TOP_P": True,
-                "IS_GREEDY": False,
+                "HAS_TOP_K": warps,
+                "HAS_TOP_P": warps,
+                "IS_GREEDY": drafter == "greedy",
                 "IS_WHOLE": launch.IS_WHOLE,
-            },
+            }
+            | dict.fromkeys(absent),
             divisible=(*logits, *strides, "V"),
             num_warps=launch.num_warps,
             num_stages=3,

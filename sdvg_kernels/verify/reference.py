@@ -182,10 +182,11 @@ def verify_tree(
         coin = uniform(noise, len(rows), left.device)
         scanned, moved = torch.zeros_like(coin), torch.zeros_like(coin)
         child = first_child[rows, here].long() if level < depth else found
-        # a tree with a cycle ends too
+        # a child stands behind its parent and its elder siblings: a cycle ends
+        elder = here
         for _ in range(nodes):
-            there = (child >= 0) & (child < nodes)
-            child = torch.where(there, child, 0)
+            there = (child > elder) & (child < nodes)
+            elder = child = torch.where(there, child, 0)
             there &= parents[rows, child] == here
             if not there.any():
                 break

@@ -1,12 +1,12 @@
 """What the walk needs of a row of logits, in Triton: one program a row that has children.
 
-    stats = top, mass, bound     p(x) = exp((x - top) / temperature) / mass where x >= least
-    least                        as `_warp.order` gives it; where tokens are chosen, the choice
+    top, mass, bound     p(x) = exp((x - top) / temperature) / mass where x >= least
+    least                as `_warp.order` gives it; where tokens are chosen, the choice
     chances[child] = p(its token), 0 for one that an elder sibling has, or outside the vocabulary
 
 A mass of -1: the row has no distribution. Rows of leaves and padding are not read: the walk reads
-the one that it ends at. Layout: logits, uncond [B, N, V]; tokens, parents [B, N]; stats [3, B, N];
-leasts, chances [B, N]. In a chain, node i has the child i, whose token is tokens[i], and no other.
+the one that it ends at. Layout: logits, uncond [B, N, V]; tokens, parents [B, N]; the
+others [B, N]. In a chain, node i has the child i, whose token is tokens[i], and no other.
 """
 
 # a Triton kernel's arguments have no Python types
@@ -62,7 +62,9 @@ def rows_kernel(
     seeds,
     sequences,
     positions,
-    stats,
+    tops,
+    masses,
+    bounds,
     leasts,
     chances,
     stride_cb,
@@ -71,7 +73,6 @@ def rows_kernel(
     stride_ub,
     stride_un,
     stride_uv,
-    B,
     N,
     V,
     guidance,
@@ -93,7 +94,7 @@ def rows_kernel(
     IS_TYPICAL: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Write stats, leasts, and the children's chances of the row (node, sequence)."""
+    """Write what the walk needs of the row (node, sequence), and its children's chances."""
     i_n = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     i_r = i_b * N + i_n
@@ -112,11 +113,10 @@ def rows_kernel(
         b_x, top, is_bad = _warp.peak(
             p_c, p_u, V, stride_cv, stride_uv, guidance, BV, HAS_UNCOND, IS_WHOLE
         )
-        p_mass = stats + B.to(tl.int64) * N + i_r
         if is_bad:
-            tl.store(p_mass, -1.0)
+            tl.store(masses + i_r, -1.0)
             if IS_TYPICAL:
-                tl.store(p_mass + B.to(tl.int64) * N, float("inf"))
+                tl.store(bounds + i_r, float("inf"))
         else:
             least = _warp.threshold(
                 b_x, top, p_c, p_u, V, stride_cv, stride_uv, guidance, inverse_temperature, top_k,
@@ -146,14 +146,14 @@ def rows_kernel(
                     b_token = tl.where(b_s > b_best, i_v + tl.arange(0, BR), b_token)
                     b_best = tl.maximum(b_best, b_s)
                 tl.store(leasts + i_r, _warp.winner(b_best, b_token))
-                tl.store(p_mass, 1.0)
+                tl.store(masses + i_r, 1.0)
             else:
                 mass = _warp.at_least(
                     b_x, least, top, p_c, p_u, V, stride_cv, stride_uv, guidance,
                     inverse_temperature, BV, HAS_UNCOND, IS_WHOLE, True,
                 )  # fmt: skip
-                tl.store(stats + i_r, top)
-                tl.store(p_mass, mass)
+                tl.store(tops + i_r, top)
+                tl.store(masses + i_r, mass)
                 tl.store(leasts + i_r, least.to(tl.int32))
                 if IS_TYPICAL:
                     entropy = _entropy(
@@ -161,7 +161,7 @@ def rows_kernel(
                         inverse_temperature, BR, HAS_UNCOND,
                     )  # fmt: skip
                     bound = tl.minimum(epsilon, alpha * tl.exp(-entropy))
-                    tl.store(p_mass + B.to(tl.int64) * N, bound)
+                    tl.store(bounds + i_r, bound)
                 p_t = tokens + i_b * N
                 b_id = tl.load(p_t + o_n, mask=b_child, other=-1).to(tl.int64)
                 b_inside = b_child & (b_id >= 0) & (b_id < V)
@@ -190,12 +190,21 @@ def rows_kernel(
 class Rows(NamedTuple):
     """What the walk needs of the rows; only those of rows with children are written."""
 
-    # [3, B, N] float32
-    stats: torch.Tensor
+    # [B, N] float32
+    tops: torch.Tensor
+    masses: torch.Tensor
+    bounds: torch.Tensor
     # [B, N] int32
     leasts: torch.Tensor
     # [B, N] float32
     chances: torch.Tensor
+
+
+def new_rows(like: torch.Tensor, nodes: int) -> Rows:
+    """Return memory for `nodes` rows of each sequence of `like` [B, ...]."""
+    shape = (like.shape[0], nodes)
+    tops, masses, bounds, chances = like.new_empty((4, *shape), dtype=torch.float32)
+    return Rows(tops, masses, bounds, like.new_empty(shape, dtype=torch.int32), chances)
 
 
 def launch_rows(
@@ -213,11 +222,7 @@ def launch_rows(
     """Return what is read of the first `count` rows of each sequence; a chain has no `parents`."""
     batch, _, vocabulary = logits.shape
     nodes = tokens.shape[1]
-    rows = Rows(
-        logits.new_empty((3, batch, nodes), dtype=torch.float32),
-        logits.new_empty((batch, nodes), dtype=torch.int32),
-        logits.new_empty((batch, nodes), dtype=torch.float32),
-    )
+    rows = new_rows(logits, nodes)
     if count == 0:
         return rows
     is_greedy = warp.temperature == 0
@@ -232,16 +237,13 @@ def launch_rows(
         seeds=keys.seeds,
         sequences=keys.sequences,
         positions=keys.positions,
-        stats=rows.stats,
-        leasts=rows.leasts,
-        chances=rows.chances,
+        **rows._asdict(),
         stride_cb=logits.stride(0),
         stride_cn=logits.stride(1),
         stride_cv=logits.stride(2),
         stride_ub=0 if uncond is None else uncond.stride(0),
         stride_un=0 if uncond is None else uncond.stride(1),
         stride_uv=0 if uncond is None else uncond.stride(2),
-        B=batch,
         N=nodes,
         V=vocabulary,
         guidance=warp.guidance,
@@ -269,20 +271,22 @@ def launch_rows(
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield the shipped configurations for `arch`, with guidance and both thresholds."""
+    """Yield the shipped configurations for `arch`: guided with both thresholds, or plain."""
     strides = tuple(f"stride_{of}{axis}" for of in "cu" for axis in "bn")
     pointers = {"logits": "*bf16", "uncond": "*bf16", "tokens": "*i64", "seeds": "*i64"}
-    pointers |= dict.fromkeys(("stats", "chances"), "*fp32")
+    pointers |= dict.fromkeys(("tops", "masses", "bounds", "chances"), "*fp32")
     pointers |= dict.fromkeys(("parents", "leasts", "sequences", "positions"), "*i32")
     cases = [(launch, "exact") for launch in (*config.WHOLE, config.TILED)]
-    cases += [(config.WHOLE[-1], rule) for rule in ("coupled", "typical", "chain")]
+    others = ("coupled", "typical", "chain", "plain", "greedy")
+    cases += [(config.WHOLE[-1], rule) for rule in others]
     for launch, rule in cases:
+        warps = rule not in ("plain", "greedy")
         yield Compilation(
             kernel=rows_kernel,
             arch=arch,
             config=f"bf16 {rule} BV{launch.BV}" + ("" if launch.IS_WHOLE else " tiled"),
             signature=pointers
-            | dict.fromkeys((*strides, "B", "N", "V", "top_k"), "i32")
+            | dict.fromkeys((*strides, "N", "V", "top_k"), "i32")
             | dict.fromkeys(
                 ("guidance", "inverse_temperature", "top_p", "epsilon", "alpha"), "fp32"
             ),
@@ -293,15 +297,16 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 "BS": config.SIBLINGS,
                 "BV": launch.BV,
                 "BR": launch.BR,
-                "HAS_UNCOND": True,
-                "HAS_TOP_K": True,
-                "HAS_TOP_P": True,
+                "HAS_UNCOND": warps,
+                "HAS_TOP_K": warps,
+                "HAS_TOP_P": warps,
                 "IS_CHAIN": rule == "chain",
-                "IS_GREEDY": False,
+                "IS_GREEDY": rule == "greedy",
                 "IS_COUPLED": rule == "coupled",
                 "IS_TYPICAL": rule == "typical",
                 "IS_WHOLE": launch.IS_WHOLE,
-            },
+            }
+            | ({} if warps else {"uncond": None}),
             divisible=("logits", "uncond", *strides, "V"),
             num_warps=launch.num_warps,
             num_stages=3,

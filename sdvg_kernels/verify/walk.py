@@ -7,7 +7,7 @@
 Probabilities come from `rows`, and no row is read on the way but for neighbours; the row of the
 last node is read for the race of the token that follows, without what was rejected: that is marked
 in `stamps`, which holds the level + 1 at which a token was left out.
-Layout: tokens, parents, first_child, next_sibling, leasts, chances [B, N]; stats [3, B, N];
+Layout: tokens to chances [B, N];
 logits, uncond [B, N, V]; neighbours [V, K]; stamps [B, V]; path [B, P]; the others [B].
 """
 
@@ -114,7 +114,9 @@ def walk_kernel(
     parents,
     first_child,
     next_sibling,
-    stats,
+    tops,
+    masses,
+    bounds,
     leasts,
     chances,
     logits,
@@ -133,7 +135,6 @@ def walk_kernel(
     stride_ub,
     stride_un,
     stride_uv,
-    B,
     N,
     V,
     K,
@@ -163,8 +164,8 @@ def walk_kernel(
     p_up = parents + i_b * N
     p_first = first_child + i_b * N
     p_next = next_sibling + i_b * N
-    p_top = stats + i_b * N
-    p_mass = p_top + B.to(tl.int64) * N
+    p_top = tops + i_b * N
+    p_mass = masses + i_b * N
     p_least = leasts + i_b * N
     p_chance = chances + i_b * N
     p_s = stamps + i_b * V
@@ -189,7 +190,7 @@ def walk_kernel(
     # whether `rows` has read the row of the node
     is_read = tl.full([], 0, tl.int32)
     if RULE == TYPICAL:
-        node, level = _longest(p_up, p_chance, p_mass + B.to(tl.int64) * N, N, depth, BN)
+        node, level = _longest(p_up, p_chance, bounds + i_b * N, N, depth, BN)
         o_n = tl.arange(0, BN)
         b_up = tl.load(p_up + o_n, mask=o_n < N, other=-1)
         is_read = tl.max(((b_up == node) & (o_n > node)).to(tl.int32), 0)
@@ -386,9 +387,7 @@ def verify_tree(
             parents=parents,
             first_child=first_child,
             next_sibling=next_sibling,
-            stats=rows.stats,
-            leasts=rows.leasts,
-            chances=rows.chances,
+            **rows._asdict(),
             logits=logits,
             uncond=uncond,
             neighbours=table,
@@ -405,7 +404,6 @@ def verify_tree(
             stride_ub=0 if uncond is None else uncond.stride(0),
             stride_un=0 if uncond is None else uncond.stride(1),
             stride_uv=0 if uncond is None else uncond.stride(2),
-            B=batch,
             N=nodes,
             V=vocabulary,
             K=table.shape[1],
@@ -435,24 +433,26 @@ def verify_tree(
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Yield the shipped configurations for `arch`, by rule, with guidance and both thresholds."""
+    """Yield the shipped configurations for `arch` by rule: guided with thresholds, or plain."""
     strides = tuple(f"stride_{of}{axis}" for of in "cu" for axis in "bn")
     pointers = {"logits": "*bf16", "uncond": "*bf16", "stamps": "*i16", "neighbours": "*u16"}
     pointers |= dict.fromkeys(("tokens", "seeds", "out"), "*i64")
-    pointers |= dict.fromkeys(("stats", "chances"), "*fp32")
+    pointers |= dict.fromkeys(("tops", "masses", "bounds", "chances"), "*fp32")
     fields = ("parents", "first_child", "next_sibling", "leasts", "sequences", "positions")
     pointers |= dict.fromkeys((*fields, "path", "counts"), "*i32")
     largest, tiled = config.WHOLE[-1], config.TILED
     rules = {"exact": EXACT, "chosen": CHOSEN, "relaxed": RELAXED, "typical": TYPICAL}
+    rules |= {"plain": EXACT, "greedy": CHOSEN}
     cases = [(launch, "exact") for launch in (*config.WHOLE, tiled)]
-    cases += [(largest, rule) for rule in ("chosen", "relaxed", "typical")]
+    cases += [(largest, rule) for rule in rules if rule != "exact"]
     for launch, rule in cases:
+        warps = rule not in ("plain", "greedy")
         yield Compilation(
             kernel=walk_kernel,
             arch=arch,
             config=f"bf16 {rule} BV{launch.BV}" + ("" if launch.IS_WHOLE else " tiled"),
             signature=pointers
-            | dict.fromkeys((*strides, "B", "N", "V", "K", "depth", "top_k"), "i32")
+            | dict.fromkeys((*strides, "N", "V", "K", "depth", "top_k"), "i32")
             | dict.fromkeys(("guidance", "inverse_temperature", "top_p", "delta", "ratio"), "fp32"),
             constants={
                 "stride_cv": 1,
@@ -463,13 +463,14 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 "BR": launch.BR,
                 "BK": config.NEIGHBOURS,
                 "RULE": rules[rule].value,
-                "HAS_UNCOND": True,
+                "HAS_UNCOND": warps,
                 "HAS_RATIO": True,
-                "HAS_TOP_K": True,
-                "HAS_TOP_P": True,
-                "IS_GREEDY": False,
+                "HAS_TOP_K": warps,
+                "HAS_TOP_P": warps,
+                "IS_GREEDY": rule == "greedy",
                 "IS_WHOLE": launch.IS_WHOLE,
-            },
+            }
+            | ({} if warps else {"uncond": None}),
             divisible=("logits", "uncond", "stamps", *strides, "V"),
             num_warps=launch.num_warps,
             num_stages=3,

@@ -192,22 +192,21 @@ def test_a_sequence_without_a_distribution_says_so(warp: dict[str, float], lane:
 
 
 def test_links_that_lie_are_not_followed(lane: Lane) -> None:
-    # a sibling that is itself, a child before its parent, links out of the tree and to another's
-    tokens = torch.tensor([[0, 1, 2, 3]]).expand(4, -1)
-    parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, 1], [-1, 0, 0, 1]])
-    first = torch.tensor([[1, 3, -1, -1], [1, 2, 1, 0], [99, 3, -1, -1], [3, 1, 2, 0]])
-    sibling = torch.tensor([[-1, 1, -1, -1], [0, 1, 2, 3], [-1, 99, -1, -5], [-1, 3, 1, 0]])
-    tree = TokenTree.from_parents(tokens, [-1, 0, 0, 1])._replace(
-        parents=parents.int(), first_child=first.int(), next_sibling=sibling.int()
-    )
-    for likely, paths in (
-        (1, [[0, 1, -1, -1], [0, 1, -1, -1], [0, -1, -1, -1], [0, -1, -1, -1]]),
-        (2, [[0, -1, -1, -1]] * 4),
-    ):
-        logits = torch.zeros(4, 4, 4, device=lane.device)
+    # a sibling that is itself, a child before its parent, links out of the tree and to another's,
+    # and siblings in a circle
+    parents = [[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, 1], [-1, 0, 0, 1], [-1, 0, 0, 1]]
+    first = [[1, 3, -1, -1], [1, 2, 1, 0], [99, 3, -1, -1], [3, 1, 2, 0], [1, -1, -1, -1]]
+    sibling = [[-1, 1, -1, -1], [0, 1, 2, 3], [-1, 99, -1, -5], [-1, 3, 1, 0], [-1, 2, 1, -1]]
+    links = (torch.tensor(each, dtype=torch.int32) for each in (parents, first, sibling))
+    fields = dict(zip(("parents", "first_child", "next_sibling"), links, strict=True))
+    tree = TokenTree.from_parents(torch.tensor([[0, 1, 2, 3]] * 5), [-1, 0, 0, 1])
+    tree = tree._replace(**fields)
+    for likely, nodes in ((1, (1, 1, -1, -1, 1)), (2, (-1, -1, -1, -1, 2)), (3, (-1,) * 5)):
+        logits = torch.zeros(5, 4, 4, device=lane.device)
         logits[:, :, likely] = 60
+        paths = [[0, node, -1, -1] for node in nodes]
         for warp in ({}, {"temperature": 0}):
-            run = {**keys(4, lane.device), **warp, "implementation": lane.implementation}
+            run = {**keys(5, lane.device), **warp, "implementation": lane.implementation}
             assert verify_tree(on(lane.device, tree), logits, **run).path.tolist() == paths
 
 
