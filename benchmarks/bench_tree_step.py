@@ -2,8 +2,8 @@
 
 The peer is the same in eager PyTorch, captured in one CUDA graph: the reference. A step is all that
 one needs with five levels of ten beams and 59 nodes, without the passes, the levels and the tree:
-`draft_entries`, four times `beam_entries`, `tree_entries`, `commit_tree_`. What a
-commit changes is put back before, by both. GB/s are of features, read and written.
+`draft_entries`, four times `beam_entries`, `tree_entries`, `commit_tree_`. What a commit changes is
+put back before, by both. GB/s are of features, read and written.
 """
 
 from __future__ import annotations

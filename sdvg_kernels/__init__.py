@@ -35,6 +35,8 @@ _EXPORTS = {
     "beam_entries": "tree_step",
     "tree_entries": "tree_step",
     "commit_tree_": "tree_step",
+    "select_path": "tree_step",
+    "path_similarity": "tree_step",
     "TreeState": "tree_step",
     "FrameLayout": "tree_step",
     "DraftEntries": "tree_step",

@@ -381,3 +381,16 @@ define(
         )
     ),
 )
+define(
+    "select_path(Tensor depths, Tensor first_child, Tensor mask, Tensor wanted, Tensor seeds,"
+    " Tensor sequences, Tensor positions, int levels, str implementation) -> (Tensor, Tensor)",
+    lambda depths, *arguments: (
+        depths.new_empty((depths.shape[0], arguments[6])),
+        depths.new_empty(depths.shape[0]),
+    ),
+)
+define(
+    "path_similarity(Tensor tokens, Tensor depths, Tensor first_child, Tensor mask,"
+    " Tensor codebook, float decay, int stride, str implementation) -> Tensor",
+    lambda tokens, *_: tokens.new_empty(tokens.shape[0], dtype=torch.float32),
+)

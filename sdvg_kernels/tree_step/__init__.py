@@ -1,6 +1,13 @@
 """What lies between the passes of speculative decoding: what they are fed, and what is kept."""
 
-from sdvg_kernels.tree_step.api import beam_entries, commit_tree_, draft_entries, tree_entries
+from sdvg_kernels.tree_step.api import (
+    beam_entries,
+    commit_tree_,
+    draft_entries,
+    path_similarity,
+    select_path,
+    tree_entries,
+)
 from sdvg_kernels.tree_step.entries import (
     BeamEntries,
     DraftEntries,
@@ -18,5 +25,7 @@ __all__ = [
     "beam_entries",
     "commit_tree_",
     "draft_entries",
+    "path_similarity",
+    "select_path",
     "tree_entries",
 ]

@@ -1,9 +1,11 @@
-"""`draft_entries`, `beam_entries`, `tree_entries`, `commit_tree_`: a tree's step but its passes.
+"""A tree's step but its passes, its levels and its verification.
 
     draft_entries   drafter   expand_tree, beam_entries, drafter   (a level each)   build_tree
-    tree_entries    target    verify_tree, commit_tree_, compact_
+    skipped         path_similarity, select_path, commit_tree_
+    else            tree_entries, target, verify_tree, commit_tree_, compact_
 
-Each is one launch of copies and integers, exact in every implementation. All take
+Each is one launch, of copies and integers that are exact in every implementation but for
+`path_similarity`. All take
 `implementation=`: "triton" or "reference"; None: Triton on CUDA, else the reference. They raise
 ValueError (shape, value), TypeError (dtype) and NotImplementedError (cannot run here); they are
 deterministic, never wait for the device, and are safe in a CUDA graph.
@@ -34,8 +36,8 @@ from sdvg_kernels.tree_step.entries import (
     TreeState,
 )
 
-# entries of a pass, and levels of a tree, that a program holds
-MOST_ENTRIES, MOST_LEVELS = 1024, 64
+# entries of a pass, levels and nodes of a tree that a program holds
+MOST_ENTRIES, MOST_LEVELS, MOST_NODES = 1024, 64, 128
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -43,6 +45,7 @@ class Tree(Protocol):
     """What is read of a `sdvg_kernels.TokenTree`."""
 
     tokens: torch.Tensor
+    first_child: torch.Tensor
     depths: torch.Tensor
     mask: torch.Tensor
 
@@ -171,12 +174,9 @@ def tree_entries(
     op = "tree_entries"
     _check_state(op, state)
     _check_layout(op, layout)
-    shape, device = tree.tokens.shape, state.ids.device
-    batch, nodes = _check_tokens(op, state, tree.tokens)
-    _plain(op, "tree.depths", tree.depths, torch.int32, shape, device)
-    words = (batch, nodes, -(-nodes // 32))
-    _plain(op, "tree.mask", tree.mask, torch.int32, words, device)
-    _plain(op, "skipping", skipping, torch.bool, shape[:1], device)
+    _, nodes = _check_tree(op, tree, state.ids.device)
+    _check_rows(op, len(state.ids), "tree.tokens", len(tree.tokens))
+    _plain(op, "skipping", skipping, torch.bool, (len(tree.tokens),), state.ids.device)
     if not 0 <= room <= MOST_ENTRIES - nodes:
         require(op, False, "room", f"lie in [0, {MOST_ENTRIES - nodes}]", room)
     chosen = _choose(op, state.ids, implementation)
@@ -229,7 +229,8 @@ def commit_tree_(
     _check_state(op, state)
     _check_layout(op, layout)
     device, rows = state.ids.device, len(state.ids)
-    batch, nodes = _check_tokens(op, state, tokens)
+    batch, nodes = _check_tokens(op, "tokens", tokens, device)
+    _check_rows(op, rows, "tokens", batch)
     good = path.dim() == 2 and path.shape[0] == batch and 1 <= path.shape[1] <= MOST_LEVELS
     require(op, good, "path", f"be [B, P] with P from 1 to {MOST_LEVELS}", path.shape)
     require_dtype(op, path.dtype in _INTEGERS, "path", "be int32 or int64", path.dtype)
@@ -254,6 +255,98 @@ def commit_tree_(
     )
 
 
+def select_path(
+    tree: Tree,
+    wanted: torch.Tensor,
+    levels: int,
+    *,
+    seeds: torch.Tensor,
+    sequences: torch.Tensor,
+    positions: torch.Tensor,
+    implementation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a path of each tree that is committed unseen: VVS's selector.
+
+    A leaf at random, each as likely, and of its path as much as paths are long on average:
+
+        lengths = depths[leaves] + 1
+        kept = min(depths[leaf], lengths.sum() // len(lengths) - 1)
+
+    The leaf is what `sample_tokens` draws with these keys from equal logits of the leaves: that
+    whose word of Philox noise is least.
+
+    Args:
+        tree: a TokenTree of B trees, contiguous.
+        wanted: [B] bool: of the others nothing is kept.
+        levels: P, 1 to 64: the most below the root.
+        seeds, sequences: [B] int64, contiguous; they key the noise with
+        positions: [B] int32, contiguous.
+
+    Returns:
+        path [B, P] int32, from the root's child to the leaf, -1 behind, and counts [B] int32: how
+        many nodes are kept, the root included; 0 where that is the root alone, or not wanted. Both
+        are what `commit_tree_` takes.
+
+    Source: VVS, verification-free token selector with dynamic truncation.
+    """
+    op = "select_path"
+    device = tree.tokens.device
+    batch, _ = _check_tree(op, tree, device)
+    if not 1 <= levels <= MOST_LEVELS:
+        require(op, False, "levels", f"lie in [1, {MOST_LEVELS}]", levels)
+    _plain(op, "wanted", wanted, torch.bool, (batch,), device)
+    _plain(op, "seeds", seeds, torch.int64, (batch,), device)
+    _plain(op, "sequences", sequences, torch.int64, (batch,), device)
+    _plain(op, "positions", positions, torch.int32, (batch,), device)
+    chosen = _choose(op, tree.tokens, implementation)
+    return torch.ops.sdvg_kernels.select_path(
+        tree.depths, tree.first_child, tree.mask, wanted, seeds, sequences, positions, levels,
+        chosen,
+    )  # fmt: skip
+
+
+def path_similarity(
+    tree: Tree,
+    codebook: torch.Tensor,
+    *,
+    decay: float = 0.9,
+    stride: int = 1,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Return how alike each tree's paths are [B] float32; 0 for fewer than two.
+
+    The mean over pairs of paths of the products of their codes, level by level, each level weighing
+    `decay` times the one above; a level that one of the two has not counts 0:
+
+        sum_l w_l mean_{i<j} <code_il, code_jl> / sum_l w_l,     w_l = decay^(l - 1)
+
+    Args:
+        tree: a TokenTree of B trees, contiguous.
+        codebook: [V, E] float32, contiguous: with rows of length one, products are cosines. A token
+            beyond counts as the last.
+        decay: in (0, 1].
+        stride: at least 1: every so many leaves are compared, from the first on.
+
+    Computed in float32 by Triton, float64 by the reference.
+    Source: VVS, dynamic scheduling.
+    Cost: reads the codes of a tree once; no pair is looked at.
+    """
+    op = "path_similarity"
+    device = tree.tokens.device
+    _check_tree(op, tree, device)
+    good = codebook.dim() == 2 and min(codebook.shape) > 0
+    require(op, good, "codebook", "be [V, E] with V, E >= 1", codebook.shape)
+    _plain(op, "codebook", codebook, torch.float32, codebook.shape, device)
+    if not 0 < decay <= 1:
+        require(op, False, "decay", "lie in (0, 1]", decay)
+    require(op, stride >= 1, "stride", "be at least 1", stride)
+    chosen = _choose(op, tree.tokens, implementation)
+    return torch.ops.sdvg_kernels.path_similarity(
+        tree.tokens, tree.depths, tree.first_child, tree.mask, codebook, float(decay), stride,
+        chosen,
+    )  # fmt: skip
+
+
 def _check_state(op: str, state: TreeState) -> None:
     """Check what all ops that take a state ask of it."""
     ids, features = state.ids, state.features
@@ -275,13 +368,21 @@ def _check_layout(op: str, layout: FrameLayout) -> None:
         require(op, False, "layout", "hold tokens >= 1 and nothing below 0", tuple(layout))
 
 
-def _check_tokens(op: str, state: TreeState, tokens: torch.Tensor) -> torch.Size:
+def _check_tokens(op: str, name: str, tokens: torch.Tensor, device: torch.device) -> torch.Size:
     """Check a tree's tokens [B, N] and return their shape."""
     shape = tokens.shape
-    good = len(shape) == 2 and 1 <= shape[1] <= MOST_ENTRIES
-    require(op, good, "tokens", f"be [B, N] with N from 1 to {MOST_ENTRIES}", shape)
-    _plain(op, "tokens", tokens, torch.int64, shape, state.ids.device)
-    _check_rows(op, len(state.ids), "tokens", shape[0])
+    good = len(shape) == 2 and 1 <= shape[1] <= MOST_NODES
+    require(op, good, name, f"be [B, N] with N from 1 to {MOST_NODES}", shape)
+    _plain(op, name, tokens, torch.int64, shape, device)
+    return shape
+
+
+def _check_tree(op: str, tree: Tree, device: torch.device) -> torch.Size:
+    """Check what is read of a tree and return its shape [B, N]."""
+    shape = _check_tokens(op, "tree.tokens", tree.tokens, device)
+    _plain(op, "tree.first_child", tree.first_child, torch.int32, shape, device)
+    _plain(op, "tree.depths", tree.depths, torch.int32, shape, device)
+    _plain(op, "tree.mask", tree.mask, torch.int32, (*shape, -(-shape[1] // 32)), device)
     return shape
 
 
@@ -353,5 +454,8 @@ def _run(name: str) -> Callable[..., object]:
     return run
 
 
-for _name in ("draft_entries", "beam_entries", "tree_entries", "commit_tree_"):
+for _name in (
+    "draft_entries", "beam_entries", "tree_entries", "commit_tree_", "select_path",
+    "path_similarity",
+):  # fmt: skip
     _ops.implement(_name, cpu=_run(_name), cuda=_run(_name))

@@ -25,9 +25,17 @@ COPIES = (
 )
 # not measured; entries of a target's pass that a program writes: more programs share a row's
 ENTRIES, ENTRY_WARPS = 32, 4
+# not measured; a node a thread
+SELECT_WARPS = 2
+# not measured; numbers of a code at once, of all nodes of a tree
+VECTOR, SIMILARITY_WARPS = 16, 4
+# a sequence is a program: asked for none, ptxas spills to fit more of them beside it (Triton 3.6)
+SIMILARITY_MAXNREG = 255
 BUDGET = Budget(registers=40)
 # a feature comes and goes by 16 bytes a thread
 COPY_BUDGET = Budget(registers=40, wide=2)
+
+SIMILARITY_BUDGET = Budget(registers=128)
 
 
 def copy(width: int) -> Copy:

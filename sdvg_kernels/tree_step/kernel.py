@@ -11,6 +11,7 @@ import triton
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels.tree_step import config
 from sdvg_kernels.tree_step.programs import beam_kernel, commit_kernel, draft_kernel, tree_kernel
+from sdvg_kernels.tree_step.skips import select_kernel, similarity_kernel
 
 
 def draft_entries(
@@ -243,6 +244,79 @@ def commit_tree_(
     return moves
 
 
+def select_path(
+    depths: torch.Tensor,
+    first_child: torch.Tensor,
+    mask: torch.Tensor,
+    wanted: torch.Tensor,
+    seeds: torch.Tensor,
+    sequences: torch.Tensor,
+    positions: torch.Tensor,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return path [B, levels] int32 and counts [B] int32."""
+    batch, nodes = depths.shape
+    out = depths.new_empty((batch, levels)), depths.new_empty(batch)
+    if batch == 0:
+        return out
+    with _on(depths.device):
+        select_kernel[(batch,)](
+            depths=depths,
+            first_child=first_child,
+            mask=mask,
+            wanted=wanted,
+            seeds=seeds,
+            sequences=sequences,
+            positions=positions,
+            path=out[0],
+            counts=out[1],
+            N=nodes,
+            NW=mask.shape[2],
+            P=levels,
+            BN=max(16, triton.next_power_of_2(nodes)),
+            BP=triton.next_power_of_2(levels),
+            num_warps=config.SELECT_WARPS,
+        )
+    return out
+
+
+def path_similarity(
+    tokens: torch.Tensor,
+    depths: torch.Tensor,
+    first_child: torch.Tensor,
+    mask: torch.Tensor,
+    codebook: torch.Tensor,
+    decay: float,
+    stride: int,
+) -> torch.Tensor:
+    """Return the similarity [B] float32."""
+    batch, nodes = depths.shape
+    out = codebook.new_empty(batch)
+    if batch == 0:
+        return out
+    entries, width = codebook.shape
+    with _on(depths.device):
+        similarity_kernel[(batch,)](
+            tokens=tokens,
+            depths=depths,
+            first_child=first_child,
+            mask=mask,
+            codebook=codebook,
+            out=out,
+            N=nodes,
+            NW=mask.shape[2],
+            V=entries,
+            E=width,
+            decay=decay,
+            stride=stride,
+            BN=max(16, triton.next_power_of_2(nodes)),
+            BE=min(config.VECTOR, triton.next_power_of_2(width)),
+            num_warps=config.SIMILARITY_WARPS,
+            maxnreg=config.SIMILARITY_MAXNREG,
+        )
+    return out
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return the context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -316,3 +390,35 @@ def compilations(arch: int) -> Iterator[Compilation]:
         num_stages=3,
         budget=config.BUDGET,
     )
+    pointers = dict.fromkeys(("depths", "first_child", "mask"), "*i32")
+    keys = {"wanted": "*i1", "seeds": "*i64", "sequences": "*i64", "positions": "*i32"}
+    for nodes in (64, 128):
+        found = pointers | keys | {"path": "*i32", "counts": "*i32"}
+        yield Compilation(
+            kernel=select_kernel,
+            arch=arch,
+            config=f"BN{nodes}",
+            signature=found | dict.fromkeys(("N", "NW", "P"), "i32"),
+            constants={"BN": nodes, "BP": 8},
+            divisible=tuple(found),
+            num_warps=config.SELECT_WARPS,
+            num_stages=3,
+            budget=config.BUDGET,
+        )
+        found = {"tokens": "*i64"} | pointers | {"codebook": "*fp32", "out": "*fp32"}
+        # LlamaGen's codes are of 8 numbers, others' of up to 256
+        for vector in (8, config.VECTOR):
+            yield Compilation(
+                kernel=similarity_kernel,
+                arch=arch,
+                config=f"BN{nodes} BE{vector}",
+                signature=found
+                | dict.fromkeys(("N", "NW", "V", "E", "stride"), "i32")
+                | {"decay": "fp32"},
+                constants={"BN": nodes, "BE": vector},
+                divisible=tuple(found),
+                num_warps=config.SIMILARITY_WARPS,
+                num_stages=3,
+                budget=config.SIMILARITY_BUDGET,
+                maxnreg=config.SIMILARITY_MAXNREG,
+            )

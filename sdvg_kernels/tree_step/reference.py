@@ -1,12 +1,19 @@
-"""The four ops of a tree's step in eager PyTorch: the definition of truth, and what a CPU runs.
+"""A tree's step in eager PyTorch: the definition of truth, and what a CPU runs.
 
-Source: VVS (arXiv 2511.13587) for chains and stale features, EAGLE-2 (arXiv 2406.16858) for trees.
+Source: VVS (arXiv 2511.13587) for chains and stale features, the selector and similarity of paths;
+EAGLE-2 (arXiv 2406.16858) for trees.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_RAISES = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
 
 
 def draft_entries(
@@ -182,6 +189,95 @@ def _keep(
     features[torch.arange(rows, device=out.device)[:, None], slots] = kept
     base = 32 * -(-room // 32)
     return torch.where(there, torch.where(is_chain, k, node + base), -1).int()
+
+
+def select_path(
+    depths: Tensor,
+    first_child: Tensor,
+    mask: Tensor,
+    wanted: Tensor,
+    seeds: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    levels: int,
+) -> tuple[Tensor, Tensor]:
+    """Return path [B, levels] int32 and counts [B] int32."""
+    leaves = (first_child < 0) & (depths >= 0)
+    bits = _philox(seeds, sequences, positions, depths.shape[1])
+    # argmin takes any of several minima: the first is wanted
+    bits = bits.masked_fill(~leaves, _WORD + 1)
+    leaf = (bits == bits.amin(1, keepdim=True)).to(torch.uint8).argmax(1)[:, None]
+    lengths = torch.where(leaves, depths + 1, 0)
+    mean = lengths.sum(1) // leaves.sum(1).clamp(min=1)
+    kept = torch.minimum(depths.gather(1, leaf)[:, 0], mean - 1).clamp(0, levels).int()
+    # [B, N]: the leaf and what is above it
+    above = _seen(mask, depths.shape[1]).gather(1, leaf[..., None].expand(-1, -1, depths.shape[1]))[
+        :, 0
+    ]
+    above = above & (depths >= 1) & (depths <= levels)
+    node = torch.arange(depths.shape[1], dtype=torch.int32, device=depths.device)
+    path = torch.full((len(depths), levels + 1), -1, dtype=torch.int32, device=depths.device)
+    # what is not on it goes to a place more
+    place = torch.where(above, depths - 1, levels).long()
+    path.scatter_(1, place, node.expand_as(depths).contiguous())
+    counts = torch.where(wanted & (kept > 0), kept + 1, 0)
+    return path[:, :levels].contiguous(), counts
+
+
+def path_similarity(
+    tokens: Tensor,
+    depths: Tensor,
+    first_child: Tensor,
+    mask: Tensor,
+    codebook: Tensor,
+    decay: float,
+    stride: int,
+) -> Tensor:
+    """Return the similarity [B] float32."""
+    size = depths.shape[1]
+    levels = max(size - 1, 1)
+    leaves = (first_child < 0) & (depths >= 0)
+    used = leaves & ((leaves.long().cumsum(1) - 1) % stride == 0)
+    # [B, N]: how many of the paths a node is on
+    weight = (_seen(mask, size) & used[..., None]).sum(1).double()
+    vectors = codebook[tokens.clamp(0, len(codebook) - 1)].double()
+    # [B, L, N]
+    level = depths[:, None] == torch.arange(1, levels + 1, device=depths.device)[:, None]
+    share = level * weight[:, None]
+    alone = (share * vectors.square().sum(-1)[:, None]).sum(2)
+    pairs = ((share @ vectors).square().sum(-1) - alone) / 2
+    # levels beyond the longest path take no share
+    factor = (share > 0).any(2) * decay ** torch.arange(levels, device=depths.device).double()
+    number = used.sum(1).double()
+    total = (factor * pairs).sum(1) / factor.sum(1).clamp(min=1e-9)
+    found = total / (number * (number - 1) / 2).clamp(min=1)
+    return torch.where(number > 1, found, 0.0).float()
+
+
+def _seen(mask: Tensor, size: int) -> Tensor:
+    """Return whether node i (second) sees node j (last): bool [B, N, N]."""
+    node = torch.arange(size, device=mask.device)
+    return (mask[..., node // 32] >> node % 32 & 1).bool()
+
+
+def _philox(seeds: Tensor, sequences: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Return words [B, count] int64 of noise: word `n % 4` of counter (n // 4, ., ., 0)."""
+    blocks = torch.arange((count + 3) // 4, device=seeds.device)
+    zero = torch.zeros_like(seeds[:, None] + blocks)
+    c0, c1, c2, c3 = (
+        zero + blocks,
+        zero + (positions.long() & _WORD)[:, None],
+        zero + (sequences.long() & _WORD)[:, None],
+        zero,
+    )
+    key = [seeds[:, None] & _WORD, (seeds[:, None] >> 32) & _WORD]
+    for _ in range(_ROUNDS):
+        # a product of two words fills 64 bits, sign included: the shift brings copies of it in
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((second >> 32) & _WORD) ^ c1 ^ key[0], second & _WORD
+        c2, c3 = ((first >> 32) & _WORD) ^ c3 ^ key[1], first & _WORD
+        key = [(word + raised) & _WORD for word, raised in zip(key, _RAISES, strict=True)]
+    return torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :count]
 
 
 def _end(known: Tensor, layout: list[int], size: int) -> Tensor:

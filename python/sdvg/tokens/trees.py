@@ -36,6 +36,8 @@ from sdvg_kernels import (
     compact_,
     draft_entries,
     expand_tree,
+    path_similarity,
+    select_path,
     tree_entries,
 )
 
@@ -131,7 +133,7 @@ class Trees:
         self.known, self.lengths, self._drafted = (part[:batch] for part in self._state[2:])
         self._steps = small(batch)
         self.skipping = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._seeds, self._sequences = integers(batch), integers(batch)
+        self._seeds, self._selectors, self._sequences = (integers(batch) for _ in range(3))
         # the candidates of the first level continue none
         self._none = small(batch, decoder.top_k) - 1
         # what the newest draft made
@@ -146,6 +148,7 @@ class Trees:
         self._ids.zero_()
         self._ids[:, :length] = fed
         self._seeds.fill_(seed)
+        self._selectors.fill_(seed ^ _SELECTOR)
         self._sequences.copy_(sequences)
         self._steps.zero_()
         self.skipping.zero_()
@@ -287,20 +290,19 @@ class Trees:
     def _skip(self) -> None:
         """Decide which sequences skip this step, and commit what the selector takes."""
         decoder, tree = self._decoder, self._tree
-        ways = skipping.paths(tree, decoder.depth)
         wanted = skipping.wants(
             decoder.skip, self._steps, self.skipping,
-            lambda decay, stride: skipping.similarity(
-                tree, ways, decoder.codebook, decay=decay, stride=stride
+            lambda decay, stride: path_similarity(
+                tree, decoder.codebook, decay=decay, stride=stride
             ),
         )  # fmt: skip
-        path, kept = skipping.select(
-            tree, ways, self._seeds ^ _SELECTOR, self._sequences, self._places
-        )
-        warm = self.known - self._grid.prefix > skipping.WARM
-        self.skipping.copy_(wanted & warm & (kept > 0))
+        warm = self.known > self._grid.prefix + skipping.WARM
+        path, counts = select_path(
+            tree, wanted & warm, decoder.depth, seeds=self._selectors, sequences=self._sequences,
+            positions=self._places,
+        )  # fmt: skip
+        torch.gt(counts, 0, out=self.skipping)
         self._steps += 1
-        counts = torch.where(self.skipping, kept + 1, 0)
         commit_tree_(self._state, self._layout, tree.tokens, path, counts)
 
     def _verify(self, room: int, most: int | None = None) -> None:
