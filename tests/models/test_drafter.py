@@ -14,6 +14,8 @@ from sdvg.models.drafter import EagleDrafter, load_drafter
 from sdvg.models.llama import LlamaSizes, TokenCache
 from sdvg.models.llamagen import LlamaGen
 from sdvg.models.tokens import TokenLlama
+from sdvg.tokens import DiagonalDecoder, Layout, Sampling
+from sdvg.tokens.speculative import Exact, SpeculativeDecoder
 
 SIZES = LlamaSizes(2, 48, 6, 2, 12, 40, 23)
 # of 2 sequences, nodes by level: 0 -> 1 2, 1 -> 3 4, 2 -> 5, 4 -> 6; and one with padding
@@ -295,6 +297,26 @@ def test_lanterns_drafter_drafts_as_it_was_trained() -> None:
     fed = torch.cat((torch.zeros(CONDITION - 1, dtype=torch.int64), codes[0]))
     expected = _restated(state, fed, features[0, :-1])
     torch.testing.assert_close(made[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_llamagen_speculates_to_its_own_raster_tokens() -> None:
+    state, target = _released(), _target()
+    for weight in target.parameters():
+        # far from uniform
+        weight.mul_(3 if weight.ndim > 1 else 1)
+    features = torch.randn(2, CONDITION, 6, dtype=torch.float64)
+    # a caption that is shorter
+    prompts = target.captions(features, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    layout, sampling = Layout(SIDE, SIDE, CODES), Sampling(0.9, top_k=6, guidance=2.0)
+    how = {"frames": 1, "uncond": target.uncond(prompts), "seed": 3}
+    (frame,) = DiagonalDecoder(target, layout, k=SIDE, sampling=sampling).generate(prompts, **how)
+    decoder = SpeculativeDecoder(
+        target, load_drafter(state, OWN, target=target), layout, sampling=sampling, depth=3,
+        top_k=3, nodes=9, verification=Exact(coupled=True),
+    )  # fmt: skip
+    run = decoder.generate(prompts, **how)
+    list(run)
+    assert torch.equal(run.codes[:, 0], frame.codes)
 
 
 def test_lanterns_embeddings_are_shared_where_they_are_the_targets() -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="the models are its classes")
 
 from sdvg.adapters.transformers import TransformersTokens, token_model  # noqa: E402
+from sdvg.models.drafter import EagleDrafter  # noqa: E402
+from sdvg.models.llama import LlamaSizes  # noqa: E402
 from sdvg.tokens import DiagonalDecoder, JacobiDecoder, Layout, Sampling  # noqa: E402
+from sdvg.tokens.speculative import Exact, SpeculativeDecoder  # noqa: E402
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -338,6 +341,26 @@ def test_a_tree_behind_a_chain_is_each_path_in_the_models_own_pass(
             given = features[b, 6 - len(own) :]
             torch.testing.assert_close(given, hidden[: len(own)])
     assert tokens.logits(out).shape == (2, 7, tokens.codes)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("make", [janus, chameleon])
+def test_speculation_gives_the_tokens_of_raster_order(
+    make: Callable[..., transformers.PreTrainedModel], masked: bool
+) -> None:
+    tokens = token_model(make(), masked=masked)
+    torch.manual_seed(4)
+    drafter = EagleDrafter(LlamaSizes(1, 48, 4, 2, 12, 40, tokens.vocabulary)).double().eval()
+    prompts, layout = tokens.prompts(IDS, SEEN), tokens.layout(4, 4)
+    uncond, sampling = tokens.prompts(NEGATIVE, length=6), Sampling(0.9, guidance=2.0)
+    expected = run(tokens, layout, prompts, k=4, uncond=uncond, sampling=sampling)
+    decoder = SpeculativeDecoder(
+        tokens, drafter, layout, sampling=sampling, depth=3, top_k=3, nodes=9,
+        verification=Exact(coupled=True),
+    )  # fmt: skip
+    made = decoder.generate(prompts, frames=1, uncond=uncond)
+    list(made)
+    assert torch.equal(made.codes[:, 0], expected)
 
 
 def test_two_frames_with_a_token_between_them() -> None:
