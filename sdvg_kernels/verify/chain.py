@@ -44,9 +44,9 @@ def sums_kernel(
     tolerance,
     BV: tl.constexpr,
 ):
-    """Write the sum of row (i, sequence), -1 if it is not 1, and its share at the drafted token."""
-    i_n = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    """Write the sum of row (sequence, i), -1 if it is not 1, and its share at the drafted token."""
+    i_b = tl.program_id(0).to(tl.int64)
+    i_n = tl.program_id(1)
     i_r = i_b * N + i_n
     p_p = probs + i_b * stride_pb + i_n.to(tl.int64) * stride_pn
     # [BV]
@@ -369,7 +369,7 @@ def _launch_sums(probs: torch.Tensor, draft: torch.Tensor, levels: int) -> Rows:
     rows = new_rows(probs, drafted)
     if levels:
         launch = config.SUMS
-        sums_kernel[(levels, batch)](
+        sums_kernel[(batch, levels)](
             probs=probs,
             draft=draft,
             masses=rows.masses,

@@ -94,9 +94,9 @@ def rows_kernel(
     IS_TYPICAL: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Write what the walk needs of the row (node, sequence), and its children's chances."""
-    i_n = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    """Write what the walk needs of the row (sequence, node), and its children's chances."""
+    i_b = tl.program_id(0).to(tl.int64)
+    i_n = tl.program_id(1)
     i_r = i_b * N + i_n
     # [BN]
     o_n = tl.arange(0, BN)
@@ -229,7 +229,7 @@ def launch_rows(
     launch = config.row_launch(vocabulary)
     is_typical = rule == "typical" and not is_greedy
     epsilon, alpha = bounds if is_typical else (0.0, 0.0)
-    rows_kernel[(count, batch)](
+    rows_kernel[(batch, count)](
         logits=logits,
         uncond=uncond,
         tokens=tokens,
