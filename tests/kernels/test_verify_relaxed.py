@@ -53,7 +53,7 @@ def _same(left: Verified, right: Verified) -> bool:
 def test_a_child_stands_for_the_neighbours_that_fit_its_bound(
     bounds: dict[str, float], warp: dict[str, float], lane: Lane, random: torch.Generator
 ) -> None:
-    batch = 6 if lane.name == "interpreter" else 120
+    batch = 4 if lane.name == "interpreter" else 120
     logits, uncond = torch.randn(2, batch, 6, 11, generator=random)
     tree = random_trees(logits, random, likeliest=5)
     table = _table(11, 7, random)
@@ -80,7 +80,7 @@ def test_a_bound_that_lets_nothing_move_is_exact_draw_by_draw(
     bounds: dict[str, float], lane: Lane, random: torch.Generator
 ) -> None:
     # where top-k leaves tokens without mass, and at temperature 0 with any bound
-    batch = 6 if lane.name == "interpreter" else 300
+    batch = 4 if lane.name == "interpreter" else 300
     logits = torch.randn(batch, 5, 12, generator=random)
     tree = on(lane.device, random_trees(logits, random, likeliest=2))
     table = _table(12, 11, random).to(lane.device)

@@ -41,7 +41,7 @@ def test_children_are_tried_one_by_one(
     vocabulary: int, warp: dict[str, float], lane: Lane, random: torch.Generator
 ) -> None:
     # the interpreter takes its time
-    batch = 150 if lane.name != "interpreter" else 3 if "top_p" in warp else 8
+    batch = 150 if lane.name != "interpreter" else 3 if "top_p" in warp else 6
     batch, nodes = (2, 4) if vocabulary > 1000 else (batch, 6)
     logits, uncond = 2 * torch.randn(2, batch, nodes, vocabulary, generator=random)
     if vocabulary > 1000:
@@ -89,14 +89,14 @@ def test_a_greedy_path_follows_the_likeliest_tokens(lane: Lane, random: torch.Ge
 def test_without_children_the_token_is_sample_tokens_own(
     coupled: bool, lane: Lane, random: torch.Generator
 ) -> None:
-    logits = 2 * torch.randn(9, 1, 50, generator=random).to(lane.device)
-    options = {"temperature": 0.8, "top_k": 20, **keys(9, lane.device)}
+    logits = 2 * torch.randn(5, 1, 50, generator=random).to(lane.device)
+    options = {"temperature": 0.8, "top_k": 20, **keys(5, lane.device)}
     options["implementation"] = lane.implementation
     expected = sample_tokens(logits[:, 0], **options)
-    tree = on(lane.device, TokenTree.from_parents(torch.zeros(9, 1, dtype=torch.int64), [-1]))
+    tree = on(lane.device, TokenTree.from_parents(torch.zeros(5, 1, dtype=torch.int64), [-1]))
     out = verify_tree(tree, logits, coupled=coupled, **options)
     assert torch.equal(out.tokens, expected)
-    assert out.path.tolist() == [[0]] * 9
+    assert out.path.tolist() == [[0]] * 5
 
 
 def test_coupled_to_the_noise_a_tree_gives_what_plain_sampling_gives(
@@ -213,15 +213,15 @@ def test_links_that_lie_are_not_followed(lane: Lane) -> None:
 def test_a_token_counts_once_among_siblings_and_never_outside_the_vocabulary(
     lane: Lane, random: torch.Generator
 ) -> None:
-    logits = torch.randn(10, 5, 4, generator=random).to(lane.device)
-    run = {**keys(10, lane.device), "implementation": lane.implementation}
+    logits = torch.randn(6, 5, 4, generator=random).to(lane.device)
+    run = {**keys(6, lane.device), "implementation": lane.implementation}
     parents = [-1, 0, 0, 0, 0]
-    twice = TokenTree.from_parents(torch.tensor([[0, 1, 4, 1, -3]] * 10), parents)
-    once = TokenTree.from_parents(torch.tensor([[0, 1]] * 10), parents[:2])
+    twice = TokenTree.from_parents(torch.tensor([[0, 1, 4, 1, -3]] * 6), parents)
+    once = TokenTree.from_parents(torch.tensor([[0, 1]] * 6), parents[:2])
     out = verify_tree(on(lane.device, twice), logits, depth=1, **run)
     want = verify_tree(on(lane.device, once), logits[:, :2], depth=1, **run)
     assert same(out, want)
-    assert 0 < (out.counts == 2).sum() < 10
+    assert 0 < (out.counts == 2).sum() < 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -270,7 +270,7 @@ def test_no_sequences_give_nothing(lane: Lane) -> None:
     assert [list(field.shape) for field in out] == [[0, 3], [0], [0]]
 
 
-@pytest.mark.parametrize("rule", ["exact", "coupled", "relaxed", "typical"])
+@pytest.mark.parametrize("rule", ["exact", "relaxed"])
 def test_opcheck(rule: str, random: torch.Generator) -> None:
     logits, uncond = torch.randn(2, 3, 4, 9, generator=random)
     tree = random_trees(logits, random)
