@@ -6,14 +6,25 @@ import torch
 import torch.nn.functional as F
 
 from sdvg_kernels import (
+    FrameLayout,
     TokenTree,
+    TreeState,
+    beam_entries,
     build_tree,
+    commit_tree_,
     diagonal_attention,
     diagonal_mask,
     diagonal_schedule,
+    draft_entries,
     expand_tree,
     sample_tokens,
+    select_path,
     tree_attention,
+    tree_entries,
+    verify_chain,
+    verify_relaxed,
+    verify_tree,
+    verify_typical,
 )
 from sdvg_kernels.testing import Lane, assert_within_budget
 
@@ -87,6 +98,35 @@ def check_sampling(lane: Lane) -> None:
     assert torch.equal(got.cpu(), want), f"tokens are {got.tolist()}, not {want.tolist()}"
 
 
+def check_verification(lane: Lane) -> None:
+    """Assert that every rule keeps what the reference keeps on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(5, 4, 300, generator=random)
+    uncond = logits + 0.3 * torch.randn(5, 4, 300, generator=random)
+    likely = logits.topk(2, 2).indices
+    tokens = torch.stack((likely[:, 0, 0], likely[:, 0, 0], likely[:, 0, 1], likely[:, 1, 0]), 1)
+    table = torch.randint(300, (300, 9), generator=random).int()
+
+    def run(how: str, where: str) -> list[torch.Tensor]:
+        x, u, near = (tensor.to(where) for tensor in (logits, uncond, table))
+        tree = TokenTree.from_parents(tokens.to(where), [-1, 0, 0, 1])
+        keys = {name: torch.arange(5, device=where) for name in ("seeds", "sequences", "positions")}
+        given = {**keys, "uncond": u, "guidance": 2.0, "top_k": 90, "implementation": how}
+        chain = {"draft_logits": x[:, :3], "draft_uncond": u[:, :3]}
+        return [
+            *verify_tree(tree, x, **given),
+            *verify_tree(tree, x, coupled=True, **given),
+            *verify_relaxed(tree, x, near, delta=0.3, **given),
+            *verify_typical(tree, x, epsilon=0.1, alpha=0.3, **given),
+            *verify_chain(tree.tokens[:, 1:], x, **chain, **given),
+        ]
+
+    for got, want in zip(
+        run(lane.implementation, lane.device), run("reference", "cpu"), strict=True
+    ):
+        assert torch.equal(got.cpu(), want), "paths or tokens are not the reference's"
+
+
 def check_tree(lane: Lane) -> None:
     """Assert that a level of candidates and their tree are the reference's on the CPU."""
     logits = torch.randn(2, 5, 700, generator=torch.Generator().manual_seed(0))
@@ -100,3 +140,44 @@ def check_tree(lane: Lane) -> None:
         run(lane.implementation, lane.device), run("reference", "cpu"), strict=True
     ):
         assert torch.equal(got.cpu(), want), "a level or its tree is not the reference's"
+
+
+def check_tree_step(lane: Lane) -> None:
+    """Assert that what two sequences are fed and commit is, bit for bit, the reference's."""
+    random = torch.Generator().manual_seed(0)
+    layout, parents = FrameLayout(4, 9, 2, 1), [-1, 0, 0, 1, 1]
+    # a chain of 2 and none, two rows each
+    places = torch.tensor([[9, 12], [6, 11], [5, 10]], dtype=torch.int32).repeat(1, 2)
+    ids = torch.randint(50, (4, 25), generator=random)
+    features = torch.randn(4, 25, 40, generator=random)
+    tokens = torch.randint(20, (2, 5), generator=random)
+    seen = torch.randn(4, 7, 40, generator=random)
+    scores = torch.randn(2, 4, generator=random)
+
+    def run(how: str, where: str) -> list[torch.Tensor]:
+        state = TreeState(*(x.to(where, copy=True) for x in (ids, features, *places)))
+        tree = TokenTree.from_parents(tokens.to(where), parents)
+        rest = torch.zeros(2, dtype=torch.bool, device=where)
+        beams = torch.tensor([[3, 0], [2, 1]], dtype=torch.int32, device=where)
+        drafted = draft_entries(state, layout, 5, implementation=how)
+        grown = beam_entries(
+            state.known, tree.tokens[:, :4].contiguous(), scores.to(where), beams,
+            drafted.features[:, :2], drafted.mask[:, :2].contiguous(), level=1, words=1,
+            implementation=how,
+        )  # fmt: skip
+        fed = tree_entries(state, layout, tree, rest, 2, implementation=how)
+        keys = torch.arange(2, device=where)
+        path, counts = select_path(
+            tree, ~rest, 2, seeds=keys, sequences=keys, positions=keys.int(), implementation=how
+        )
+        moves = commit_tree_(
+            state, layout, tree.tokens, path, counts, drawn=keys, chain=fed.chain,
+            out=seen.to(where), implementation=how,
+        )  # fmt: skip
+        kept = (state.ids[:, :-1], state.features[:, :-1], *state[2:])
+        return [*drafted, *grown, *fed, path, counts, moves, *kept]
+
+    for got, want in zip(
+        run(lane.implementation, lane.device), run("reference", "cpu"), strict=True
+    ):
+        assert torch.equal(got.cpu(), want), "a step between passes is not the reference's"

@@ -298,7 +298,9 @@ def main() -> int:
             failed |= not _report(what, _check_frames, lane, dtype)
         failed |= not _report(f"route_blocks {lane.name}", _check_routing, lane)
         failed |= not _report(f"sample_tokens {lane.name}", _tokens.check_sampling, lane)
+        failed |= not _report(f"verify_* {lane.name}", _tokens.check_verification, lane)
         failed |= not _report(f"expand_tree, build_tree {lane.name}", _tokens.check_tree, lane)
+        failed |= not _report(f"steps of a tree {lane.name}", _tokens.check_tree_step, lane)
     cache_lanes = [] if host_lane_missing() else [("host", "cpu")]
     if torch.cuda.is_available():
         cache_lanes += [("reference", "cuda")]

@@ -114,29 +114,33 @@ def beam_entries(
     Cost: reads and writes K features of each row.
     """
     op = "beam_entries"
-    check = functools.partial(require, op)
     shape, device = beams.shape, known.device
-    check(known.dim() == 1, "known", "be [R]", known.shape)
-    check(len(shape) == 2 and shape[1] > 0, "beams", "be [B, K] with K >= 1", shape)
-    batch, width = shape
-    _check_rows(op, len(known), "beams", batch)
-    good = tokens.dim() == 2 and tokens.shape[0] == batch and tokens.shape[1] % width == 0
-    check(good and tokens.shape[1] > 0, "tokens", "be [B, W * K] with W >= 1", tokens.shape)
-    count = tokens.shape[1] // width
-    good = features.dim() == 3 and features.shape[:2] == (len(known), count)
-    check(good, "features", f"be [R, W, width] with R = {len(known)}, W = {count}", features.shape)
-    require_dtype(op, features.dtype.is_floating_point, "features", "be floating", features.dtype)
-    check(features.device == device, "features", "be on known's device", features.device)
-    check(level >= 0, "level", "be at least 0", level)
-    check(32 * words >= (level + 1) * width, "words", f"hold {(level + 1) * width} bits", words)
-    _plain(op, "known", known, torch.int32, known.shape, device)
-    _plain(op, "tokens", tokens, torch.int64, tokens.shape, device)
-    _plain(op, "scores", scores, torch.float32, tokens.shape, device)
+    if known.dim() != 1:
+        require(op, False, "known", "be [R]", known.shape)
+    if len(shape) != 2 or not shape[1]:
+        require(op, False, "beams", "be [B, K] with K >= 1", shape)
+    (rows,), (batch, width), wide = known.shape, shape, tokens.shape
+    _check_rows(op, rows, "beams", batch)
+    if len(wide) != 2 or wide[0] != batch or wide[1] % width or not wide[1]:
+        require(op, False, "tokens", "be [B, W * K] with W >= 1", wide)
+    count, given = wide[1] // width, features.shape
+    if len(given) != 3 or given[0] != rows or given[1] != count:
+        rule = f"be [R, W, width] with R = {rows}, W = {count}"
+        require(op, False, "features", rule, given)
+    floating = features.dtype.is_floating_point
+    require_dtype(op, floating, "features", "be floating", features.dtype)
+    require(op, features.device == device, "features", "be on known's device", features.device)
+    require(op, level >= 0, "level", "be at least 0", level)
+    if 32 * words < (level + 1) * width:
+        require(op, False, "words", f"hold {(level + 1) * width} bits", words)
+    _plain(op, "known", known, torch.int32, (rows,), device)
+    _plain(op, "tokens", tokens, torch.int64, wide, device)
+    _plain(op, "scores", scores, torch.float32, wide, device)
     _plain(op, "beams", beams, torch.int32, shape, device)
     if mask is not None:
-        _plain(op, "mask", mask, torch.int32, (len(known), count, words), device)
+        _plain(op, "mask", mask, torch.int32, (rows, count, words), device)
     else:
-        check(level == 0, "mask", "be given after level 0", None)
+        require(op, level == 0, "mask", "be given after level 0", None)
     chosen = _choose(op, known, implementation)
     return BeamEntries(
         *torch.ops.sdvg_kernels.beam_entries(
@@ -172,11 +176,11 @@ def tree_entries(
     Cost: a program a row.
     """
     op = "tree_entries"
-    _check_state(op, state)
+    (rows, _), device = _check_ids(op, state)
     _check_layout(op, layout)
-    _, nodes = _check_tree(op, tree, state.ids.device)
-    _check_rows(op, len(state.ids), "tree.tokens", len(tree.tokens))
-    _plain(op, "skipping", skipping, torch.bool, (len(tree.tokens),), state.ids.device)
+    batch, nodes = _check_tree(op, tree, device)
+    _check_rows(op, rows, "tree", batch)
+    _plain(op, "skipping", skipping, torch.bool, (batch,), device)
     if not 0 <= room <= MOST_ENTRIES - nodes:
         require(op, False, "room", f"lie in [0, {MOST_ENTRIES - nodes}]", room)
     chosen = _choose(op, state.ids, implementation)
@@ -226,28 +230,30 @@ def commit_tree_(
     Cost: reads and writes the features of chain and path; a program each.
     """
     op = "commit_tree_"
-    _check_state(op, state)
+    (rows, _), device = _check_state(op, state)
     _check_layout(op, layout)
-    device, rows = state.ids.device, len(state.ids)
     batch, nodes = _check_tokens(op, "tokens", tokens, device)
     _check_rows(op, rows, "tokens", batch)
-    good = path.dim() == 2 and path.shape[0] == batch and 1 <= path.shape[1] <= MOST_LEVELS
-    require(op, good, "path", f"be [B, P] with P from 1 to {MOST_LEVELS}", path.shape)
+    given = path.shape
+    if len(given) != 2 or given[0] != batch or not 1 <= given[1] <= MOST_LEVELS:
+        require(op, False, "path", f"be [B, P] with P from 1 to {MOST_LEVELS}", given)
     require_dtype(op, path.dtype in _INTEGERS, "path", "be int32 or int64", path.dtype)
     require(op, path.device == device, "path", "be on the state's device", path.device)
     _strided(op, "counts", counts, _INTEGERS, batch, device)
-    given = sum(one is not None for one in (drawn, chain, out))
-    require(op, given in (0, 3), "drawn, chain and out", "come together", f"{given} of them")
-    if out is not None:
-        _strided(op, "drawn", drawn, (torch.int64,), batch, device)
+    if out is None or drawn is None or chain is None:
+        found = sum(one is not None for one in (drawn, chain, out))
+        require(op, not found, "drawn, chain and out", "come together", f"{found} of them")
+    else:
+        _strided(op, "drawn", drawn, _INTEGERS[1:], batch, device)
         _plain(op, "chain", chain, torch.int32, (rows,), device)
-        width = state.features.shape[2]
-        good = out.dim() == 3 and (out.shape[0], out.shape[2]) == (rows, width)
-        good = good and nodes <= out.shape[1] <= MOST_ENTRIES
-        rule = f"be [{rows}, room + {nodes}, {width}], at most {MOST_ENTRIES} entries"
-        require(op, good, "out", rule, out.shape)
-        same = out.dtype is state.features.dtype
-        require_dtype(op, same, "out", f"be {state.features.dtype} like the features", out.dtype)
+        width, given = state.features.shape[2], out.shape
+        good = len(given) == 3 and given[0] == rows and given[2] == width
+        if not good or not nodes <= given[1] <= MOST_ENTRIES:
+            rule = f"be [{rows}, room + {nodes}, {width}], at most {MOST_ENTRIES} entries"
+            require(op, False, "out", rule, given)
+        if out.dtype is not state.features.dtype:
+            rule = f"be {state.features.dtype} like the features"
+            require_dtype(op, False, "out", rule, out.dtype)
         require(op, out.device == device, "out", "be on the state's device", out.device)
     chosen = _choose(op, state.ids, implementation)
     return torch.ops.sdvg_kernels.commit_tree_(
@@ -347,32 +353,42 @@ def path_similarity(
     )  # fmt: skip
 
 
-def _check_state(op: str, state: TreeState) -> None:
-    """Check what all ops that take a state ask of it."""
-    ids, features = state.ids, state.features
-    rows, device = len(ids), ids.device
-    if ids.dim() != 2 or ids.shape[1] < 2:
-        require(op, False, "state.ids", "be [R, S + 1] with S >= 1", ids.shape)
-    _plain(op, "state.ids", ids, torch.int64, ids.shape, device)
-    if features.dim() != 3 or features.shape[:2] != ids.shape:
-        require(op, False, "state.features", "be [R, S + 1, width] like ids", features.shape)
+def _check_ids(op: str, state: TreeState) -> tuple[torch.Size, torch.device]:
+    """Check what all ops read of a state; return the shape of its ids, and where it lies."""
+    ids, _, known, lengths, _ = state
+    shape, device = ids.shape, ids.device
+    if len(shape) != 2 or shape[1] < 2:
+        require(op, False, "state.ids", "be [R, S + 1] with S >= 1", shape)
+    _plain(op, "state.ids", ids, torch.int64, shape, device)
+    _plain(op, "state.known", known, torch.int32, shape[:1], device)
+    _plain(op, "state.lengths", lengths, torch.int32, shape[:1], device)
+    return shape, device
+
+
+def _check_state(op: str, state: TreeState) -> tuple[torch.Size, torch.device]:
+    """Check all of a state; return the shape of its ids, and where it lies."""
+    shape, device = _check_ids(op, state)
+    features, wide = state.features, state.features.shape
+    if len(wide) != 3 or wide[:2] != shape:
+        require(op, False, "state.features", "be [R, S + 1, width] like ids", wide)
     floating = features.dtype.is_floating_point
     require_dtype(op, floating, "state.features", "be floating", features.dtype)
-    _plain(op, "state.features", features, features.dtype, features.shape, device)
-    for name in ("known", "lengths", "drafted"):
-        _plain(op, f"state.{name}", getattr(state, name), torch.int32, (rows,), device)
+    _plain(op, "state.features", features, features.dtype, wide, device)
+    _plain(op, "state.drafted", state.drafted, torch.int32, shape[:1], device)
+    return shape, device
 
 
 def _check_layout(op: str, layout: FrameLayout) -> None:
-    if layout.tokens < 1 or min(layout) < 0:
+    prefix, tokens, extra, first = layout
+    if tokens < 1 or prefix < 0 or extra < 0 or first < 0:
         require(op, False, "layout", "hold tokens >= 1 and nothing below 0", tuple(layout))
 
 
 def _check_tokens(op: str, name: str, tokens: torch.Tensor, device: torch.device) -> torch.Size:
     """Check a tree's tokens [B, N] and return their shape."""
     shape = tokens.shape
-    good = len(shape) == 2 and 1 <= shape[1] <= MOST_NODES
-    require(op, good, name, f"be [B, N] with N from 1 to {MOST_NODES}", shape)
+    if len(shape) != 2 or not 1 <= shape[1] <= MOST_NODES:
+        require(op, False, name, f"be [B, N] with N from 1 to {MOST_NODES}", shape)
     _plain(op, name, tokens, torch.int64, shape, device)
     return shape
 
@@ -400,11 +416,14 @@ def _plain(
     device: torch.device,
 ) -> None:
     """Check a contiguous tensor of a known shape."""
+    good = tensor.dtype is dtype and tensor.shape == shape
+    if good and tensor.is_contiguous() and tensor.device == device:
+        return
     require_dtype(op, tensor.dtype is dtype, name, f"be {dtype}", tensor.dtype)
     if tensor.shape != shape or not tensor.is_contiguous():
         got = f"{list(tensor.shape)} with strides {list(tensor.stride())}"
         require(op, False, name, f"be {list(shape)}, contiguous", got)
-    require(op, tensor.device == device, name, f"be on {device}", tensor.device)
+    require(op, False, name, f"be on {device}", tensor.device)
 
 
 def _strided(
@@ -416,15 +435,24 @@ def _strided(
     device: torch.device,
 ) -> None:
     """Check integers [B] of any stride."""
+    if tensor.dtype in dtypes and tensor.shape == (batch,) and tensor.device == device:
+        return
     rule = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     require_dtype(op, tensor.dtype in dtypes, name, f"be {rule}", tensor.dtype)
     require(op, tensor.shape == (batch,), name, f"be [B] with B = {batch}", tensor.shape)
-    require(op, tensor.device == device, name, f"be on {device}", tensor.device)
+    require(op, False, name, f"be on {device}", tensor.device)
 
 
 def _choose(op: str, tensor: torch.Tensor, implementation: str | None) -> str:
     device = tensor.device.type
+    if implementation is None:
+        return _default(device)
     return require_implementation(op, implementation, _available(device), f"{device} tensors")
+
+
+@functools.cache
+def _default(device: str) -> str:
+    return require_implementation("", None, _available(device), "")
 
 
 @functools.cache

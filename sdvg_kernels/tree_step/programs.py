@@ -303,11 +303,11 @@ def commit_kernel(
             b_node = tl.load(p_p + (o_n - 1).to(tl.int64) * stride_pp, mask=m_n, other=0)
             b_node = tl.minimum(tl.maximum(b_node, 0), N - 1).to(tl.int32)
             b_move = tl.where(o_n < 0, o_m, b_node + (room + 31) // 32 * 32)
-            b_move = tl.where((waiting >= 0) & (o_n < count), b_move, -1)
+            b_move = tl.where(o_n < count, b_move, -1)
             p_m = moves + i_r * (room + 1 + P)
             tl.store(p_m + o_m, b_move, mask=o_m < room + 1 + P)
         after = tl.minimum(k + made, end)
-        is_whole = (made > 0) & (after == end) & (after < S)
+        is_whole = (after == end) & (after < S)
         # all threads have read where the row was
         tl.debug_barrier()
         tl.store(known + i_r, tl.where(is_whole, after + extra, after))
@@ -316,7 +316,7 @@ def commit_kernel(
         i_m = tl.program_id(1) - 1
         beyond = i_m - waiting
         slot = length + i_m
-        if (i_m >= 0) & (waiting >= 0) & (beyond < count) & (slot < S):
+        if (i_m >= 0) & (beyond < count) & (slot < S):
             is_node = (beyond > 0) & (beyond <= P)
             i_p = (beyond - 1).to(tl.int64)
             node = tl.load(p_p + i_p * stride_pp, mask=is_node, other=0)

@@ -160,7 +160,7 @@ def commit_tree_(
     there = (order < made[:, None]) & (slots < end[:, None])
     ids.scatter_(1, torch.where(there, slots, size).long(), _each(found, rows))
     after = torch.minimum(known + made, end)
-    whole = (made > 0) & (after == end) & (after < size)
+    whole = (after == end) & (after < size)
     known.copy_(torch.where(whole, after + extra, after))
     drafted.copy_(lengths + 1)
     return moves
@@ -181,8 +181,7 @@ def _keep(
     k = torch.arange(room + path.shape[1], device=out.device)
     beyond = k - chain[:, None]
     node = path.gather(1, beyond.clamp(0, path.shape[1] - 1))
-    fed, is_chain = (chain >= 0)[:, None], beyond < 0
-    there = fed & (beyond < _each(counts, rows)[:, None])
+    is_chain, there = beyond < 0, beyond < _each(counts, rows)[:, None]
     slots = torch.where(there, lengths[:, None] + k, features.shape[1] - 1)
     slots = slots.clamp(max=features.shape[1] - 1)
     kept = _rows(out, torch.where(is_chain, k, node + room))

@@ -134,6 +134,20 @@ def test_a_draft_begins_with_the_pairs_that_are_new(
         assert int(got.places[r]) == frame * layout.tokens + place
 
 
+def test_masks_of_more_than_a_word(lane: Lane, random: torch.Generator) -> None:
+    state = make(JOINED, random, copies=1, rows=(Row(45, 4, 3), Row(44, 11, 12)), size=70)
+    mine, how = TreeState(*on(lane, state)), {"implementation": lane.implementation}
+    drafted = bits(draft_entries(mine, JOINED, 42, **how).mask)
+    assert drafted[0] == [set(range(t + 1)) for t in range(42)]
+    assert drafted[1] == [set(range(t + 1)) if t < 32 else set() for t in range(42)]
+    tree = TokenTree(*on(lane, trees(2, 3, random)))
+    none = torch.zeros(2, dtype=torch.bool, device=lane.device)
+    fed = bits(tree_entries(mine, JOINED, tree, none, 41, **how).mask)
+    for line, chain in zip(fed, (40, 32), strict=True):
+        before = [set(range(t + 1)) if t < chain else set() for t in range(41)]
+        assert line[:42] == [*before, {*range(chain), 64}]
+
+
 def test_a_prompt_of_one_token_has_no_tree(lane: Lane, random: torch.Generator) -> None:
     layout = FrameLayout(1, 6, 0, 0)
     state = make(layout, random, rows=(Row(1, 0, 1),), size=13)
@@ -162,7 +176,7 @@ def test_beams_stand_behind_what_they_continue(
 ) -> None:
     batch, above, first = 3, width if level else 1, 7
     known = torch.tensor([5, 9, 30] * copies, dtype=torch.int32)
-    tokens = torch.randint(-1, 50, (batch, above * width), generator=random)
+    tokens = torch.randint(-1, 6, (batch, above * width), generator=random)
     scores = torch.randn(batch, above * width, generator=random)
     scores[tokens < 0] = -math.inf
     order = torch.rand(batch, above * width, generator=random).argsort(1)
@@ -576,7 +590,7 @@ _SEEN = {
                 _state(), JOINED, TokenTree(*(part[:5] for part in _TREE)), _SKIPPING, 3
             ),
             ValueError,
-            "tree_entries: tokens must be of a number of sequences that divides 12 rows, got 5",
+            "tree_entries: tree must be of a number of sequences that divides 12 rows, got 5",
         ),
         (
             lambda: commit_tree_(_state(), JOINED, **_COMMIT | {"path": torch.zeros(6, 3)}),
@@ -620,7 +634,7 @@ def test_what_cannot_be_gets_one_sentence(
 @pytest.mark.gpu
 def test_rows_lie_past_2_to_the_31() -> None:
     random, rows = torch.Generator().manual_seed(0), (Row(1100, 1095, 1095),)
-    size, width = 1_100_000, 1024
+    size, width = 1_100_000, 2048
     state = make(JOINED, random, rows=rows, copies=1, size=1200, width=width, dtype=torch.bfloat16)
     wide = TreeState(
         torch.zeros(2, size + 1, dtype=torch.int64, device="cuda"),
