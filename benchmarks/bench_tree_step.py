@@ -2,8 +2,9 @@
 
 The peer is the same in eager PyTorch, captured in one CUDA graph: the reference. A step is all that
 one needs with five levels of ten beams and 59 nodes, without the passes, the levels and the tree:
-`draft_entries`, four times `beam_entries`, `tree_entries`, `commit_tree_`. What a commit changes is
-put back before, by both. GB/s are of features, read and written.
+`draft_entries`, four times `beam_entries`, `tree_entries`, `commit_tree_`; a step that is skipped
+selects a path, too. What a commit changes is put back before, by both. GB/s are of features, read
+and written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from sdvg_kernels import (
     commit_tree_,
     draft_entries,
     implementations,
+    path_similarity,
+    select_path,
     tree_entries,
 )
 
@@ -63,6 +66,8 @@ class Step(NamedTuple):
     path: Tensor
     counts: Tensor
     drawn: Tensor
+    # LlamaGen's are of 8 numbers
+    codebook: Tensor
     out: Tensor
     chain: Tensor
 
@@ -80,6 +85,7 @@ def plans(bench: Bench) -> Iterator[Plan]:
             ("draft_entries", _drafted, 2 * _pairs(size)),
             ("beam_entries", _grown, 2 * size.top_k),
             ("tree_entries", _fed, 0),
+            ("select_path, path_similarity", _selected, 0),
             ("commit_tree_", _committed, 2 * (size.chain + size.levels)),
             ("a step's entries and commit", _step, None),
         ):
@@ -124,6 +130,7 @@ def _make(bench: Bench, size: Size) -> Step:
         kept.expand(size.batch, -1).contiguous(),
         torch.full((size.batch,), size.levels, dtype=torch.int32, **where),
         integers(0, 16384, (size.batch,)),
+        torch.nn.functional.normalize(torch.randn(16384, 8, **where), dim=1),
         torch.randn(rows, entries, size.width, **where).to(dtype),
         torch.full((rows,), size.chain, dtype=torch.int32, **where),
     )
@@ -144,6 +151,17 @@ def _fed(size: Size, step: Step, how: str) -> Sequence[Tensor]:
     return tree_entries(
         step.state, LAYOUT, step.tree, step.skipping, size.chain, implementation=how
     )
+
+
+def _selected(size: Size, step: Step, how: str) -> Sequence[Tensor]:
+    keys = dict.fromkeys(("seeds", "sequences"), step.drawn)
+    positions = step.places[0, : size.batch]
+    return [
+        *select_path(
+            step.tree, ~step.skipping, size.levels, **keys, positions=positions, implementation=how
+        ),
+        path_similarity(step.tree, step.codebook, stride=2, implementation=how),
+    ]
 
 
 def _committed(size: Size, step: Step, how: str) -> Sequence[Tensor]:
@@ -176,7 +194,10 @@ def _case(
 
     def check(out: object) -> None:
         for got, want in zip(out, expected, strict=True):
-            assert torch.equal(got, want), "not the reference's"
+            if got.dtype == torch.float32 and name.startswith("select_path"):
+                assert (got - want).abs().max() < 1e-5, "another similarity"
+            else:
+                assert torch.equal(got, want), "not the reference's"
 
     on_cpu = bench.device.type == "cpu"
     available = implementations()["tree_step"]
