@@ -383,7 +383,8 @@ define(
 )
 define(
     "select_path(Tensor depths, Tensor first_child, Tensor mask, Tensor wanted, Tensor seeds,"
-    " Tensor sequences, Tensor positions, int levels, str implementation) -> (Tensor, Tensor)",
+    " Tensor sequences, Tensor positions, int levels, bool likely, str implementation)"
+    " -> (Tensor, Tensor)",
     lambda depths, *arguments: (
         depths.new_empty((depths.shape[0], arguments[6])),
         depths.new_empty(depths.shape[0]),

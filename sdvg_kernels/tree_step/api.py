@@ -269,6 +269,7 @@ def select_path(
     seeds: torch.Tensor,
     sequences: torch.Tensor,
     positions: torch.Tensor,
+    likely: bool = False,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a path of each tree that is committed unseen: VVS's selector.
@@ -279,7 +280,8 @@ def select_path(
         kept = min(depths[leaf], lengths.sum() // len(lengths) - 1)
 
     The leaf is what `sample_tokens` draws with these keys from equal logits of the leaves: that
-    whose word of Philox noise is least.
+    whose word of Philox noise is least. With `likely` it is the one that first children lead to,
+    each node's likeliest in the drafter's eyes.
 
     Args:
         tree: a TokenTree of B trees, contiguous.
@@ -287,13 +289,15 @@ def select_path(
         levels: P, 1 to 64: the most below the root.
         seeds, sequences: [B] int64, contiguous; they key the noise with
         positions: [B] int32, contiguous.
+        likely: follow first children; there is no noise then.
 
     Returns:
         path [B, P] int32, from the root's child to the leaf, -1 behind, and counts [B] int32: how
         many nodes are kept, the root included; 0 where that is the root alone, or not wanted. Both
         are what `commit_tree_` takes.
 
-    Source: VVS, verification-free token selector with dynamic truncation.
+    Source: VVS, verification-free token selector with dynamic truncation; `likely` is the choice by
+    confidence of its ablation, node by node.
     """
     op = "select_path"
     device = tree.tokens.device
@@ -307,7 +311,7 @@ def select_path(
     chosen = _choose(op, tree.tokens, implementation)
     return torch.ops.sdvg_kernels.select_path(
         tree.depths, tree.first_child, tree.mask, wanted, seeds, sequences, positions, levels,
-        chosen,
+        likely, chosen,
     )  # fmt: skip
 
 

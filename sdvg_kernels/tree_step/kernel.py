@@ -253,6 +253,7 @@ def select_path(
     sequences: torch.Tensor,
     positions: torch.Tensor,
     levels: int,
+    likely: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return path [B, levels] int32 and counts [B] int32."""
     batch, nodes = depths.shape
@@ -275,6 +276,7 @@ def select_path(
             P=levels,
             BN=max(16, triton.next_power_of_2(nodes)),
             BP=triton.next_power_of_2(levels),
+            IS_LIKELY=likely,
             num_warps=config.SELECT_WARPS,
         )
     return out
@@ -394,17 +396,18 @@ def compilations(arch: int) -> Iterator[Compilation]:
     keys = {"wanted": "*i1", "seeds": "*i64", "sequences": "*i64", "positions": "*i32"}
     for nodes in (64, 128):
         found = pointers | keys | {"path": "*i32", "counts": "*i32"}
-        yield Compilation(
-            kernel=select_kernel,
-            arch=arch,
-            config=f"BN{nodes}",
-            signature=found | dict.fromkeys(("N", "NW", "P"), "i32"),
-            constants={"BN": nodes, "BP": 8},
-            divisible=tuple(found),
-            num_warps=config.SELECT_WARPS,
-            num_stages=3,
-            budget=config.BUDGET,
-        )
+        for likely in (False, True):
+            yield Compilation(
+                kernel=select_kernel,
+                arch=arch,
+                config=f"BN{nodes}{' likely' if likely else ''}",
+                signature=found | dict.fromkeys(("N", "NW", "P"), "i32"),
+                constants={"BN": nodes, "BP": 8, "IS_LIKELY": likely},
+                divisible=tuple(found),
+                num_warps=config.SELECT_WARPS,
+                num_stages=3,
+                budget=config.BUDGET,
+            )
         found = {"tokens": "*i64"} | pointers | {"codebook": "*fp32", "out": "*fp32"}
         # LlamaGen's codes are of 8 numbers, others' of up to 256
         for vector in (8, config.VECTOR):

@@ -199,6 +199,7 @@ def select_path(
     sequences: Tensor,
     positions: Tensor,
     levels: int,
+    likely: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return path [B, levels] int32 and counts [B] int32."""
     leaves = (first_child < 0) & (depths >= 0)
@@ -206,6 +207,11 @@ def select_path(
     # argmin takes any of several minima: the first is wanted
     bits = bits.masked_fill(~leaves, _WORD + 1)
     leaf = (bits == bits.amin(1, keepdim=True)).to(torch.uint8).argmax(1)[:, None]
+    if likely:
+        leaf = torch.zeros_like(leaf)
+        for _ in range(levels):
+            # children stand behind their parents
+            leaf = torch.maximum(leaf, first_child.gather(1, leaf).long())
     lengths = torch.where(leaves, depths + 1, 0)
     mean = lengths.sum(1) // leaves.sum(1).clamp(min=1)
     kept = torch.minimum(depths.gather(1, leaf)[:, 0], mean - 1).clamp(0, levels).int()

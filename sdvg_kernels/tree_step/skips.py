@@ -1,6 +1,6 @@
 """The programs that choose a path without the target, in Triton: one for each sequence.
 
-    leaf        the one whose word of noise is least: each is as likely
+    leaf        the one whose word of noise is least: each is as likely; or first children's
     kept        min(depth of the leaf, floor(mean length of all paths) - 1), lengths with the root
     similarity  sum_l w_l mean_{i<j} <code_il, code_jl> / sum_l w_l,   w_l = decay^(l - 1)
 
@@ -34,6 +34,7 @@ def select_kernel(
     P,
     BN: tl.constexpr,
     BP: tl.constexpr,
+    IS_LIKELY: tl.constexpr,
 ):
     """Write path and count of sequence `program_id(0)`."""
     i_b = tl.program_id(0).to(tl.int64)
@@ -43,18 +44,25 @@ def select_kernel(
     b_depth = tl.load(depths + i_b * N + o_n, mask=m_n, other=-1)
     b_child = tl.load(first_child + i_b * N + o_n, mask=m_n, other=0)
     m_leaf = (b_depth >= 0) & (b_child < 0)
-    seed = tl.load(seeds + i_b)
-    position = tl.load(positions + i_b).to(tl.int32)
-    sequence = tl.load(sequences + i_b).to(tl.int32)
-    o_c = o_n // 4
-    b_0, b_1, b_2, b_3 = tl.philox(seed, o_c, o_c * 0 + position, o_c * 0 + sequence, o_c * 0)
-    b_low = tl.where(o_n % 2 == 0, b_0, b_1)
-    b_bits = tl.where(o_n % 4 < 2, b_low, tl.where(o_n % 2 == 0, b_2, b_3))
-    # of equal words the first node's
-    b_key = (b_bits.to(tl.int64) & 0xFFFFFFFF) * BN + o_n
-    b_key = tl.where(m_leaf, b_key, 0x7FFFFFFFFFFFFFFF)
-    leaf = tl.min(b_key, 0)
-    leaf = tl.where(tl.max(m_leaf.to(tl.int32), 0) > 0, leaf % BN, 0).to(tl.int32)
+    leaf = tl.full([], 0, tl.int32)
+    if IS_LIKELY:
+        for _ in range(P):
+            # children stand behind their parents
+            child = tl.load(first_child + i_b * N + leaf)
+            leaf = tl.where(child < N, tl.maximum(leaf, child), leaf)
+    else:
+        seed = tl.load(seeds + i_b)
+        position = tl.load(positions + i_b).to(tl.int32)
+        sequence = tl.load(sequences + i_b).to(tl.int32)
+        o_c = o_n // 4
+        b_0, b_1, b_2, b_3 = tl.philox(seed, o_c, o_c * 0 + position, o_c * 0 + sequence, o_c * 0)
+        b_low = tl.where(o_n % 2 == 0, b_0, b_1)
+        b_bits = tl.where(o_n % 4 < 2, b_low, tl.where(o_n % 2 == 0, b_2, b_3))
+        # of equal words the first node's
+        b_key = (b_bits.to(tl.int64) & 0xFFFFFFFF) * BN + o_n
+        b_key = tl.where(m_leaf, b_key, 0x7FFFFFFFFFFFFFFF)
+        leaf = tl.min(b_key, 0)
+        leaf = tl.where(tl.max(m_leaf.to(tl.int32), 0) > 0, leaf % BN, 0).to(tl.int32)
     b_leaf = m_leaf.to(tl.int32)
     mean = tl.sum(b_leaf * (b_depth + 1), 0) // tl.maximum(tl.sum(b_leaf, 0), 1)
     far = tl.sum(tl.where(o_n == leaf, b_depth, 0), 0)

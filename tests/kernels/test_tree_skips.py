@@ -82,8 +82,9 @@ def keys(batch: int, device: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("nodes", "depth", "levels"), [(15, 4, 4), (60, 5, 7), (128, 9, 6)])
+@pytest.mark.parametrize("likely", [False, True])
 def test_a_leafs_path_is_cut_to_the_mean_length(
-    nodes: int, depth: int, levels: int, lane: Lane, random: torch.Generator
+    nodes: int, depth: int, levels: int, likely: bool, lane: Lane, random: torch.Generator
 ) -> None:
     trees, tree = some_trees(nodes, depth, random)
     wanted, drawn = torch.tensor([True, True, True, False, True]), keys(len(trees), "cpu")
@@ -93,9 +94,14 @@ def test_a_leafs_path_is_cut_to_the_mean_length(
     leaves = sample_tokens(chance, **drawn).tolist()
     path, counts = select_path(
         on(lane, tree), wanted.to(lane.device), levels, **keys(len(trees), lane.device),
-        implementation=lane.implementation,
+        likely=likely, implementation=lane.implementation,
     )  # fmt: skip
     for b, parents in enumerate(trees):
+        if likely:
+            leaves[b] = 0
+            while leaves[b] in parents:
+                # the first that goes on from it
+                leaves[b] = parents.index(leaves[b])
         lengths = [len(path_of(parents, leaf)) for leaf in leaves_of(parents)]
         line = path_of(parents, leaves[b])[1:]
         kept = min(len(line), sum(lengths) // len(lengths) - 1, levels)
@@ -184,7 +190,7 @@ def test_opcheck() -> None:
     fields = (tree.depths, tree.first_child, tree.mask)
     wanted = torch.ones(5, dtype=torch.bool)
     torch.library.opcheck(
-        ops.select_path, (*fields, wanted, *keys(5, "cpu").values(), 4, "reference")
+        ops.select_path, (*fields, wanted, *keys(5, "cpu").values(), 4, False, "reference")
     )
     torch.library.opcheck(
         ops.path_similarity, (tree.tokens, *fields, torch.randn(20, 3), 0.9, 2, "reference")
