@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdvg.models.drafter import EagleDrafter
 from sdvg.models.tokens import LlamaSizes, TokenLlama
-from sdvg.tokens import DiagonalDecoder, JacobiDecoder, Layout, Sampling
+from sdvg.tokens import DiagonalDecoder, JacobiDecoder, Layout, Sampling, SpeculativeDecoder
 from sdvg.tokens.embedded import EmbeddedVideos
 
 LAYOUT = Layout(2, 3, 5, first=2, extra=1)
 PROMPTS = torch.zeros(2, 1, dtype=torch.int64)
 ACTIONS = torch.zeros(2, 1, 1, dtype=torch.int64)
-Decoder = DiagonalDecoder | JacobiDecoder
+Decoder = DiagonalDecoder | JacobiDecoder | SpeculativeDecoder
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,13 @@ def model() -> TokenLlama:
     return TokenLlama(LlamaSizes(1, 16, 2, 1, 8, 16, 8)).eval().requires_grad_(False)
 
 
-@pytest.fixture(params=["diagonal", "jacobi"])
+@pytest.fixture(params=["diagonal", "jacobi", "speculative"])
 def made(request: pytest.FixtureRequest, model: TokenLlama) -> tuple[str, Decoder]:
     if request.param == "diagonal":
         return request.param, DiagonalDecoder(model, LAYOUT, k=1)
+    if request.param == "speculative":
+        drafter = EagleDrafter(model.sizes).eval().requires_grad_(False)
+        return request.param, SpeculativeDecoder(model, drafter, LAYOUT, depth=2, top_k=2)
     return request.param, JacobiDecoder(model, LAYOUT, window=2)
 
 
@@ -129,7 +133,7 @@ def _ids(*shape: int, value: int = 0) -> Tensor:
         ({"sequences": [0, 0.5]}, TypeError, "sequences must be a whole number, got 0.5"),
     ],
 )
-def test_both_decoders_refuse_the_same_in_one_sentence(
+def test_all_decoders_refuse_the_same_in_one_sentence(
     made: tuple[str, Decoder], given: dict[str, object], kind: type[Exception], text: str
 ) -> None:
     name, decoder = made

@@ -505,6 +505,20 @@ def test_nan_logits_are_one_sentence() -> None:
         next(run)
 
 
+def test_a_video_of_nan_leaves_no_trace_in_the_next() -> None:
+    """K/V of it stayed in slots that a mask leaves out, and 0 x NaN is NaN."""
+    model = random_model()
+    decoder, given = _decoder(model), {"prompts": random_ids(2, 4), "actions": random_ids(2, 2, 2)}
+    first = _video(decoder, **given)
+    weight = model.layers[0].down.weight
+    good = weight.clone()
+    weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits must be finite"):
+        _video(decoder, **given)
+    weight.copy_(good)
+    assert torch.equal(_video(decoder, **given), first)
+
+
 def test_a_decoder_goes_on_outside_of_a_callers_inference_mode(model: TokenLlama) -> None:
     """What a first video had made in inference mode, the next could not write outside of it."""
     decoder = _decoder(model)

@@ -30,6 +30,10 @@ def test_uniform_skips_every_interval_and_dynamic_never_twice() -> None:
     ("make", "sentence"),
     [
         (lambda: Uniform(1), "interval must be at least 2, got 1"),
+        (lambda: Uniform(2.5), "interval must be a whole number, got 2.5"),
+        (lambda: Uniform(math.nan), "interval must be a whole number, got nan"),
+        (lambda: Dynamic("0.7"), "threshold must be a number, got '0.7'"),
+        (lambda: Dynamic(stride=1.5), "stride must be a whole number, got 1.5"),
         (lambda: Dynamic(1.5), r"threshold must lie in \[-1, 1\], got 1.5"),
         (lambda: Dynamic(math.nan), r"threshold must lie in \[-1, 1\], got nan"),
         (lambda: Dynamic(decay=0.0), r"decay must lie in \(0, 1\], got 0.0"),
@@ -38,7 +42,7 @@ def test_uniform_skips_every_interval_and_dynamic_never_twice() -> None:
     ],
 )
 def test_what_cannot_be_says_why(make: object, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         make()
 
 

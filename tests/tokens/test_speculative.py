@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -275,6 +276,55 @@ def test_a_second_video_is_as_if_it_were_the_first() -> None:
     assert torch.equal(again.codes, make(decoder(skip=Uniform(2)), seed=7).codes)
 
 
+@pytest.mark.parametrize("where", ["target", "drafter"])
+def test_a_video_of_nan_leaves_no_trace_in_the_next(where: str) -> None:
+    """K/V of it stayed in slots that a mask leaves out, and 0 x NaN is NaN."""
+    how = decoder(skip=Uniform(2))
+    expected = make(decoder(skip=Uniform(2)), 1, 2)
+    part = how.model if where == "target" else how.drafter
+    weight = part.layers[0].qkv.weight
+    good = weight.clone()
+    weight.fill_(math.nan)
+    with contextlib.suppress(ValueError):
+        make(how, 1, 2)
+    weight.copy_(good)
+    again = make(how, 1, 2)
+    assert torch.equal(again.codes, expected.codes)
+    assert again.counts == expected.counts
+
+
+def test_weights_may_move_between_two_videos() -> None:
+    how = decoder(sampling=Sampling(temperature=0.0))
+    make(how)
+    old = how._trees
+    how.model.float(), how.drafter.float()
+    found = make(how)
+    assert how._trees is not old
+    fresh = SpeculativeDecoder(
+        how.model, how.drafter, LAYOUT, depth=3, top_k=3, nodes=9, sampling=how.sampling
+    )
+    assert torch.equal(found.codes, make(fresh).codes)
+
+
+def test_an_interrupted_video_is_over_and_the_next_is_as_if_it_were_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    how, given = decoder(skip=Uniform(2)), prompts(2)
+    cut = how.generate(given, frames=3, uncond=given.flip(1), actions=actions(2, 3), seed=1)
+    cut.step()
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(how.model, "feed_tree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            list(cut)
+    with pytest.raises(RuntimeError, match="must not go on after an error"):
+        next(cut)
+    assert torch.equal(make(how).codes, make(decoder(skip=Uniform(2))).codes)
+
+
 def test_an_older_generation_is_refused() -> None:
     how = decoder(LAYOUT, sampling=Sampling())
     old = how.generate(prompts(1), frames=1)
@@ -303,7 +353,7 @@ def test_logits_without_a_distribution_end_the_video_or_the_draft(where: str) ->
     ("options", "sentence"),
     [
         ({"depth": 0}, r"depth must lie in \[1, 32\], got 0"),
-        ({"top_k": 17}, r"top_k must lie in \[1, 16\], got 17"),
+        ({"top_k": 17}, r"top_k must lie in \[1, 16\], got 17; it is the number of a node's ch"),
         ({"nodes": 1}, r"nodes must lie in \[2, 128\], got 1"),
         ({"layout": Layout(3, 4, 2), "top_k": 3}, "top_k must be at most the 2 codes, got 3"),
         ({"layout": Layout(3, 4, CODES, eol=1)}, "no end-of-line token, got 1"),
@@ -314,12 +364,20 @@ def test_logits_without_a_distribution_end_the_video_or_the_draft(where: str) ->
         ),
         ({"top_k": 16, "depth": 5}, r"at most 1024 candidates, .*, got 1040"),
         ({"graphs": True}, "graphs must be off without a GPU"),
+        ({"skip": "uniform"}, "skip must be Uniform, Dynamic or None, got 'uniform'"),
+        ({"verification": "exact"}, r"verification must be Exact\(\), .* got 'exact'"),
+        ({"verification": Typical(epsilon=-1.0)}, "epsilon must lie in"),
+        ({"verification": Relaxed(torch.zeros(CODES, 1).int())}, "delta must be given, or ratio"),
+        (
+            {"verification": Relaxed(torch.zeros(3, 1).int(), delta=0.1)},
+            r"neighbours must be .* got \[3, 1\]",
+        ),
     ],
 )
 def test_what_cannot_be_says_why(options: dict[str, object], sentence: str) -> None:
     if options.get("graphs") and torch.cuda.is_available():
         pytest.skip("a GPU has graphs")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         decoder(**options)
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sdvg.tokens.checks import whole
 
 # features of so many tokens must be there before the first skip
 WARM = 5
@@ -23,12 +26,18 @@ WARM = 5
 
 @dataclass(frozen=True)
 class Uniform:
-    """Skip every `interval` steps: 2 is every other one."""
+    """Skip every `interval` steps: 2 is every other one.
+
+    Args:
+        interval: steps, at least 2.
+        likely: commit the path of the drafter's first choices, not one at random.
+    """
 
     interval: int
+    likely: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval < 2:
+        if whole("skipping", "interval", self.interval) < 2:
             raise ValueError(
                 f"skipping: interval must be at least 2, got {self.interval}; "
                 "of two steps in a row one must be verified"
@@ -43,19 +52,23 @@ class Dynamic:
         threshold: of the similarity, in [-1, 1]; the paper's is 0.65, its code's 0.7.
         decay: the weight of a level, of that of the level above.
         stride: every so many paths are compared.
+        likely: commit the path of the drafter's first choices, not one at random.
     """
 
     threshold: float = 0.65
     decay: float = 0.9
     stride: int = 2
+    likely: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "decay"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise TypeError(f"skipping: {name} must be a number, got {value!r}")
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"skipping: threshold must lie in [-1, 1], got {self.threshold}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"skipping: decay must lie in (0, 1], got {self.decay}")
-        if self.stride < 1:
-            raise ValueError(f"skipping: stride must be at least 1, got {self.stride}")
+        whole("skipping", "stride", self.stride, 1)
 
 
 def wants(
@@ -83,7 +96,7 @@ def unit(codebook: Tensor) -> Tensor:
 
 def neighbours(codebook: Tensor, count: int) -> Tensor:
     """Return the nearest other codes of each code [codes, count] int32, by distance."""
-    if not 1 <= count < len(codebook):
+    if not 1 <= whole("neighbours", "count", count) < len(codebook):
         raise ValueError(
             f"neighbours: count must lie in [1, {len(codebook)}), got {count}; the codebook has "
             f"{len(codebook)} codes"

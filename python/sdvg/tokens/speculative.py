@@ -132,7 +132,11 @@ class SpeculativeDecoder:
             ("depth", depth, 1, 32), ("top_k", top_k, 1, 16), ("nodes", nodes, 2, 128),
         ):  # fmt: skip
             if not least <= whole(_OP, name, value) <= most:
-                raise ValueError(f"speculative: {name} must lie in [{least}, {most}], got {value}")
+                # sampling has a top_k, too
+                remedy = "; it is the number of a node's children" if name == "top_k" else ""
+                raise ValueError(
+                    f"speculative: {name} must lie in [{least}, {most}], got {value}{remedy}"
+                )
         check_layout(_OP, layout, model.vocabulary)
         if layout.eol is not None:
             raise ValueError(f"speculative: rows must have no end-of-line token, got {layout.eol}")
@@ -146,6 +150,8 @@ class SpeculativeDecoder:
             raise ValueError(
                 f"speculative: top_k must be at most the {layout.codes} codes, got {top_k}"
             )
+        if not isinstance(skip, Uniform | Dynamic | None):
+            raise TypeError(f"speculative: skip must be Uniform, Dynamic or None, got {skip!r}")
         if isinstance(skip, Dynamic):
             if codebook is None:
                 raise ValueError("speculative: codebook must be given for Dynamic, got None")
@@ -157,18 +163,37 @@ class SpeculativeDecoder:
             raise ValueError(f"speculative: graphs must be off without a GPU, got {model.device}")
         self.model, self.drafter, self.layout = model, drafter, layout
         self.verification, self.skip = verification or Exact(), skip
+        self.sampling = sampling or Sampling()
+        self._ask()
         self.codebook = None
         if codebook is not None:
             self.codebook = skipping.unit(codebook).to(model.device)
         self.depth, self.top_k = depth, top_k
         # more than there are candidates would be padding
         self.nodes = min(nodes, 1 + candidates)
-        self.sampling = sampling or Sampling()
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
         self.recorder = Recorder()
         self._trees: Trees | None = None
         self._made_for: tuple[object, ...] = ()
         self._running: SpeculativeGeneration | None = None
+
+    def _ask(self) -> None:
+        """Let the verification judge no sequence at all: what it cannot take it says now."""
+        if not callable(self.verification):
+            raise TypeError(
+                f"speculative: verification must be Exact(), Relaxed(...) or Typical(...), got "
+                f"{self.verification!r}"
+            )
+        device, sampling = self.model.device, self.sampling
+        none = torch.empty(0, 1, dtype=torch.int32, device=device)
+        tree = TokenTree(none.long(), none, none, none, none, none[..., None])
+        logits = torch.empty(0, 1, self.layout.codes, device=device)
+        keys = none[:, 0]
+        self.verification(
+            tree, logits, uncond=None if sampling.guidance == 1 else logits, seeds=keys.long(),
+            sequences=keys, positions=keys, guidance=sampling.guidance,
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, depth=1,
+        )  # fmt: skip
 
     # what is made for a video is written in a caller's inference mode or out of it
     @torch.inference_mode(False)
@@ -192,7 +217,10 @@ class SpeculativeDecoder:
             uncond=uncond, actions=actions,
         )  # fmt: skip
         names = each(_OP, "sequences", sequences, range(len(prompts)))
-        self._running = SpeculativeGeneration(self, prompts, frames, uncond, actions, seed, names)
+        seed = whole(_OP, "seed", seed)
+        self._running = SpeculativeGeneration(
+            self, prompts, int(frames), uncond, actions, seed, names
+        )
         return self._running
 
     def trees(self, batch: int, prefix: int, frames: int) -> Trees:

@@ -152,6 +152,10 @@ class Trees:
         self._sequences.copy_(sequences)
         self._steps.zero_()
         self.skipping.zero_()
+        # an older video's K/V may be NaN, and a product with what a mask leaves out is NaN then
+        target.clear(self.cache)
+        self._draft_cache.k.zero_()
+        self._draft_cache.v.zero_()
         self._state.features[:, : length - 1] = target.prefill(fed[:, :-1], self.cache)
         leftpad = getattr(self.cache, "leftpad", None)
         # the drafter never uses slot 0
@@ -299,7 +303,7 @@ class Trees:
         warm = self.known > self._grid.prefix + skipping.WARM
         path, counts = select_path(
             tree, wanted & warm, decoder.depth, seeds=self._selectors, sequences=self._sequences,
-            positions=self._places,
+            positions=self._places, likely=decoder.skip.likely,
         )  # fmt: skip
         torch.gt(counts, 0, out=self.skipping)
         self._steps += 1

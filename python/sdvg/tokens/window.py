@@ -123,9 +123,9 @@ class Window:
         if uncond is not None:
             self._uncond.copy_(uncond - layout.first)
             fed = torch.cat((prefix, uncond))
-        if self._decoder.published:
-            # what is seen before it is decoded must not be an older video's
-            model.clear(self._cache)
+        # what is seen before it is decoded (published) must not be an older video's, nor what a
+        # mask leaves out be NaN
+        model.clear(self._cache)
         # the last one is fed by pass 0
         model.prefill(fed[:, :-1], self._cache)
         self._seeds.fill_(seed)
