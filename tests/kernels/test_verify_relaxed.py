@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +142,44 @@ def test_tables_of_any_integer_are_read_and_what_is_no_token_is_not(
     tree, logits = on(lane.device, tree), logits.to(lane.device)
     out = verify_relaxed(tree, logits, strided, **run)
     assert _same(out, verify_relaxed(tree, logits, table.to(lane.device), **run))
+
+
+_PROBE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sdvg_kernels.verify import walk
+
+case = next(case for case in walk.compilations(90) if "relaxed" in case.config)
+small = {"BV": 1024, "BR": 512, "BK": 8, "HAS_UNCOND": False, "HAS_TOP_K": False, "uncond": None}
+constants = case.constants | small | {"HAS_TOP_P": False}
+names = case.kernel.arg_names
+signature = {n: "constexpr" if n in constants else case.signature[n] for n in names}
+found = {(names.index(name),): value for name, value in constants.items()}
+source = ASTSource(case.kernel, signature, found)
+options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+def test_every_warp_has_looked_at_the_neighbours_before_one_leaves_them_out() -> None:
+    """Few neighbours are held by each warp, and a later one saw what the first had left out."""
+    pytest.importorskip("triton")
+    root = str(Path(__file__).resolve().parents[2])
+    given = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    given["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], env=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # stamps and logits have 16 bits, nothing else has
+    steps = re.findall(r"(ld|st)\.global\.b16|(bar)\.sync", done.stdout)
+    order = ["".join(step) for step in steps]
+    # the first stores clear the stamps
+    order = order[order.index("bar") :]
+    assert order.count("st") == 2
+    for place in (place for place, step in enumerate(order) if step == "st"):
+        assert order[place - 1] == "bar", order
 
 
 def _typical(
