@@ -413,9 +413,10 @@ def test_graphs_replay_what_runs_without_them(
     if isinstance(rule, Relaxed):
         rule = Relaxed(rule.neighbours.cuda(), delta=rule.delta, ratio=rule.ratio)
     options = {"verification": rule, "skip": skip, "codebook": codebook().cuda()}
-    captured = on_gpu(torch.bfloat16, **options)
+    # graphs have more padding, other sizes another order of sums: in bfloat16 that moves tokens
+    captured = on_gpu(torch.float32, **options)
     for seed in (7, 7, 8):
-        expected = made_on_gpu(on_gpu(torch.bfloat16, **options, graphs=False), seed)
+        expected = made_on_gpu(on_gpu(torch.float32, **options, graphs=False), seed)
         assert torch.equal(made_on_gpu(captured, seed), expected)
 
 
@@ -453,9 +454,12 @@ def test_the_host_waits_once_a_step() -> None:
 
     torch.cuda.set_sync_debug_mode("error")
     Tensor.tolist = tolist
+    steps, ended = 0, ()
     try:
-        ended = [run.step() for _ in range(4)]
+        while not ended:
+            ended, steps = run.step(), steps + 1
     finally:
         Tensor.tolist = before
         torch.cuda.set_sync_debug_mode("default")
-    assert waits == 4 + sum(map(bool, ended))
+    # and once for what a frame's end brings
+    assert waits == steps + 1

@@ -349,8 +349,7 @@ class SpeculativeGeneration(Iterator[Frame]):
             ended = self._end_frames(trees)
         self._failed = False
         return tuple(
-            Frame(index, rows, self.codes[list(rows), index], self.passes, self.seconds)
-            for index, rows in ended
+            Frame(index, rows, codes, self.passes, self.seconds) for index, rows, codes in ended
         )
 
     def _begin(self) -> Trees:
@@ -398,9 +397,9 @@ class SpeculativeGeneration(Iterator[Frame]):
     def _made(self, trees: Trees) -> int:
         return sum(trees.made(known) for known in self._known)
 
-    def _end_frames(self, trees: Trees) -> list[tuple[int, tuple[int, ...]]]:
-        """Return what is whole now as (frame, rows), its codes read; ask for actions."""
-        layout, ended = self.decoder.layout, {}
+    def _end_frames(self, trees: Trees) -> list[tuple[int, tuple[int, ...], Tensor]]:
+        """Return what is whole now as (frame, rows, codes), read; ask for actions."""
+        layout, ended, found = self.decoder.layout, {}, []
         for row, known in enumerate(self._known):
             while self._done[row] < self.frames and trees.ends(self._done[row]) <= known:
                 ended.setdefault(self._done[row], []).append(row)
@@ -411,6 +410,7 @@ class SpeculativeGeneration(Iterator[Frame]):
             codes = trees.frame(frame, where)
             require_tokens(codes, frame, [self._names[row] for row in rows], op=_OP)
             self.codes[where, frame] = codes
+            found.append((frame, tuple(rows), codes))
             self.clock.end(frame)
             if not layout.extra or frame + 1 == self.frames or isinstance(self._actions, Tensor):
                 continue
@@ -419,4 +419,4 @@ class SpeculativeGeneration(Iterator[Frame]):
             check_ids("actions", ids, (len(rows), layout.extra), vocabulary, op=_OP)
             for row, own in zip(rows, move(ids, trees.known.device).long(), strict=True):
                 trees.write_extra(frame + 1, row, own)
-        return [(frame, tuple(rows)) for frame, rows in sorted(ended.items())]
+        return found
