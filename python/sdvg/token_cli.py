@@ -71,9 +71,12 @@ def speculate(args: argparse.Namespace) -> int:
 
     verification = _chosen("verification", args.verification, SETTINGS, args)
     schedule = _chosen("skip", args.skip, SKIPS, args)
-    skips = {"none": lambda: None, "uniform": Uniform, "dynamic": Dynamic}
+    if args.likely and args.skip == "none":
+        raise ValueError("likely: must be left out for skip none; nothing is skipped")
+    skips = {"uniform": Uniform, "dynamic": Dynamic}
+    skip = skips[args.skip](**schedule, likely=args.likely) if args.skip in skips else None
     how: dict[str, object] = {
-        "sampling": _sampling(args), "skip": skips[args.skip](**schedule),
+        "sampling": _sampling(args), "skip": skip,
         "depth": args.depth, "top_k": args.children, "nodes": args.nodes,
     }  # fmt: skip
 
@@ -340,6 +343,7 @@ def add_commands(
     add("--skip", choices=SKIPS, default="none", help="verification skipping, default none")
     add("--interval", type=int, help="of uniform: every so many steps, default 2")
     add("--threshold", type=float, help="of dynamic: similarity of paths, default 0.65")
+    add("--likely", action="store_true", help="skip by the likeliest path, not by one at random")
     add("--depth", type=int, default=TREE["depth"], help="levels of a tree")
     add("--children", type=int, default=TREE["top_k"], help="of a node, and nodes that go on")
     add("--nodes", type=int, default=TREE["nodes"], help="of a tree, its root included")

@@ -84,6 +84,9 @@ LINES = (
     Line("vvs-uniform", interval=3, delta=0.1),
     *(Line("vvs-dynamic", threshold=threshold, delta=0.1) for threshold in (0.65, 0.8)),
     Line("vvs-dynamic", threshold=0.8, delta=0.1, wide=True),
+    # LANTERN's fastest settings, with skipping
+    Line("vvs-dynamic", threshold=0.8, delta=0.3),
+    *(Line("vvs-dynamic", threshold=threshold, ratio=3.0) for threshold in (0.8, 0.85, 0.9)),
 )
 METHODS = tuple(dict.fromkeys(line.method for line in LINES))
 

@@ -115,7 +115,7 @@ def test_speculate_writes_a_video_and_says_where_the_time_went(
     out = tmp_path / "seven.mp4"
     arguments = ["tokens", "speculate", "a seven moving left", "--frames", "1", "--out", str(out)]
     arguments += ["--guidance", "1", "--verification", "lantern++", "--skip", "uniform"]
-    assert main([*arguments, "--interval", "3", "--depth", "4", "--nodes", "12"]) == 0
+    assert main([*arguments, "--interval", "3", "--likely", "--depth", "4", "--nodes", "12"]) == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".mp4", ".png"]
     summary = json.loads(out.with_suffix(".json").read_text())["summary"]
     # but for those before features are there
@@ -183,6 +183,7 @@ def test_what_belongs_to_another_mode_is_refused(options: dict[str, object], tex
         (["--verification", "lantern", "--delta", "-1"], "verify_relaxed: delta must"),
         (["--verification", "lantern++", "--ratio", "0.5"], "verify_relaxed: ratio must"),
         (["--verification", "typical", "--epsilon", "nan"], "verify_typical: epsilon must"),
+        (["--likely"], "likely: must be left out for skip none; nothing is skipped"),
         (["--depth", "0"], "speculative: depth must lie in [1, 32], got 0"),
         (["--children", "17"], "speculative: top_k must lie in [1, 16], got 17"),
         (["--nodes", "1"], "speculative: nodes must lie in [2, 128], got 1"),
@@ -412,7 +413,8 @@ def test_the_table_of_speculation_says_what_its_targets_say(tmp_path: Path) -> N
         "quality_high,images"
     )
     assert [line["tokens_per_pass"] for line in lines[1:4]] == ["2.000", "2.000", "3.000"]
-    assert lines[-1]["setting"] == "threshold=0.8 delta=0.1 tree=wide"
+    assert lines[-5]["setting"] == "threshold=0.8 delta=0.1 tree=wide"
+    assert lines[-1]["setting"] == "threshold=0.9 ratio=3"
     assert rows[1].same == rows[0].images == 2
     assert (rows[1].skipped, rows[-1].skipped, rows[0].shares) == (0, 0.5, None)
     text = (tmp_path / "vvs.md").read_text()
