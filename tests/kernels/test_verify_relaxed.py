@@ -311,12 +311,13 @@ def test_a_graph_replays_and_both_devices_accept_the_same(
 ) -> None:
     def made() -> tuple[TokenTree, Tensor]:
         logits = (3 * torch.randn(4, 59, 16384, generator=random)).bfloat16().float()
-        return random_trees(logits, random, likeliest=9), logits
+        return random_trees(logits, random, likeliest=2), logits
 
     tree, logits = made()
     table = torch.stack([torch.randperm(16384, generator=random)[:1000] for _ in range(64)])
     table = table.repeat(256, 1).to(torch.uint16)
-    options = {"temperature": 0.7, "top_k": 2000, "depth": 12}
+    # so cold that paths are some nodes long
+    options = {"temperature": 0.2, "top_k": 2000, "depth": 12}
 
     def verified(tree: TokenTree, logits: Tensor, keyed: dict[str, Tensor]) -> Verified:
         if rule == "typical":
@@ -336,4 +337,6 @@ def test_a_graph_replays_and_both_devices_accept_the_same(
         for name, key in keys(4, seed=seed).items():
             keyed_there[name].copy_(key)
         graph.replay()
-        assert _same(out, verified(tree, logits, keys(4, seed=seed)))
+        here = verified(tree, logits, keys(4, seed=seed))
+        assert _same(out, here)
+        assert here.counts.max() > 1
