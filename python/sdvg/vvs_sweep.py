@@ -39,6 +39,8 @@ class Line(NamedTuple):
     window: int | None = None
     # EAGLE-2's tree for LlamaGen instead of this model's own
     wide: bool = False
+    # the drafter's first choices are skipped to instead of a random path
+    likely: bool = False
 
     @property
     def setting(self) -> str:
@@ -46,7 +48,7 @@ class Line(NamedTuple):
         names = ("window", "interval", "threshold", "delta", "ratio")
         given = ((name, getattr(self, name)) for name in names)
         text = [f"{name}={value:g}" for name, value in given if value is not None]
-        return " ".join(text + ["tree=wide"] * self.wide)
+        return " ".join(text + ["tree=wide"] * self.wide + ["path=likely"] * self.likely)
 
     @property
     def key(self) -> str:
@@ -64,9 +66,9 @@ class Line(NamedTuple):
             verification = Relaxed(near, self.delta, self.ratio)
         skip = None
         if self.interval is not None:
-            skip = Uniform(self.interval)
+            skip = Uniform(self.interval, likely=self.likely)
         elif self.threshold is not None:
-            skip = Dynamic(self.threshold)
+            skip = Dynamic(self.threshold, likely=self.likely)
         how = {"mode": SPECULATIVE, "verification": verification, "skip": skip}
         return how | (WIDE if self.wide else {})
 
@@ -87,6 +89,13 @@ LINES = (
     # LANTERN's fastest settings, with skipping
     Line("vvs-dynamic", threshold=0.8, delta=0.3),
     *(Line("vvs-dynamic", threshold=threshold, ratio=3.0) for threshold in (0.8, 0.85, 0.9)),
+    # ... to the drafter's first choices, the selector by confidence of the paper's ablation
+    *(Line("vvs-uniform", interval=interval, likely=True) for interval in (2, 3)),
+    Line("vvs-dynamic", threshold=0.8, likely=True),
+    *(
+        Line("vvs-dynamic", threshold=threshold, ratio=3.0, likely=True)
+        for threshold in (0.75, 0.8)
+    ),
 )
 METHODS = tuple(dict.fromkeys(line.method for line in LINES))
 
