@@ -22,6 +22,7 @@ from sdvg_kernels import (
     verify_typical,
 )
 from sdvg_kernels.testing import Lane
+from sdvg_kernels.verify import config
 from tests.kernels.drafts import (
     Lender,
     Warped,
@@ -56,8 +57,14 @@ def _same(left: Verified, right: Verified) -> bool:
     ],
 )
 def test_a_child_stands_for_the_neighbours_that_fit_its_bound(
-    bounds: dict[str, float], warp: dict[str, float], lane: Lane, random: torch.Generator
+    bounds: dict[str, float],
+    warp: dict[str, float],
+    lane: Lane,
+    random: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # seven are looked up in two turns
+    monkeypatch.setattr(config, "NEIGHBOURS", 4)
     batch = 4 if lane.name == "interpreter" else 120
     logits, uncond = torch.randn(2, batch, 6, 11, generator=random)
     tree = random_trees(logits, random, likeliest=5)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdvg_kernels import TokenTree, Verified, sample_tokens, verify_tree
 from sdvg_kernels.testing import Lane
+from sdvg_kernels.verify import config
 from tests.kernels.drafts import (
     Warped,
     distribution,
@@ -211,8 +212,10 @@ def test_links_that_lie_are_not_followed(lane: Lane) -> None:
 
 
 def test_a_token_counts_once_among_siblings_and_never_outside_the_vocabulary(
-    lane: Lane, random: torch.Generator
+    lane: Lane, random: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # an elder sibling of another turn counts too
+    monkeypatch.setattr(config, "SIBLINGS", 2)
     logits = torch.randn(6, 5, 4, generator=random).to(lane.device)
     run = {**keys(6, lane.device), "implementation": lane.implementation}
     parents = [-1, 0, 0, 0, 0]
