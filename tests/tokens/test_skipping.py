@@ -51,3 +51,10 @@ def test_neighbours_are_the_nearest_other_codes() -> None:
     near = skipping.neighbours(codebook, 3)
     far = torch.cdist(codebook, codebook).fill_diagonal_(torch.inf)
     assert torch.equal(near.long(), far.topk(3, largest=False).indices)
+
+
+def test_products_of_codes_are_cosines() -> None:
+    codebook = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = skipping.unit(codebook) @ skipping.unit(codebook).T
+    expected = torch.cosine_similarity(codebook[:, None], codebook[None], dim=2)
+    torch.testing.assert_close(found, expected.float())

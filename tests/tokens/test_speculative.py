@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -220,6 +221,98 @@ def test_uniform_skipping_rests_the_target_every_other_step() -> None:
     assert counts.skipped + counts.passes == counts.drafts
     # the first steps have no features yet
     assert counts.drafts / 2 - 4 <= counts.skipped <= counts.drafts / 2
+
+
+class Seen(NamedTuple):
+    """A sequence's step: how far it was before it, the tree, and whether it was skipped."""
+
+    step: int
+    known: int
+    length: int
+    paths: set[tuple[int, ...]]
+    skipped: bool
+
+
+def watched(how: SpeculativeDecoder, frames: int) -> tuple[list[list[Seen]], SpeculativeGeneration]:
+    """Return the steps of two sequences, before their last token, and the generation."""
+    given = prompts(2)
+    made = how.generate(
+        given, frames=frames, uncond=given.flip(1), actions=actions(2, frames), seed=7
+    )
+    found, steps = [[], []], 0
+    known, lengths = [5, 5], [4, 4]
+    while True:
+        try:
+            made.step()
+        except StopIteration:
+            return found, made
+        trees = made._trees
+        tree, flags = trees._tree, trees.skipping.tolist()
+        for row in range(2):
+            if known[row] < trees.size:
+                paths = {(): 0}
+                for node in range(1, tree.tokens.shape[1]):
+                    if tree.depths[row, node] > 0:
+                        above = next(p for p, n in paths.items() if n == tree.parents[row, node])
+                        paths[*above, int(tree.tokens[row, node])] = node
+                seen = Seen(steps, known[row], lengths[row], set(paths) - {()}, flags[row])
+                found[row].append(seen)
+        known, lengths = trees.known.tolist(), trees.lengths.tolist()
+        steps += 1
+
+
+def eagle(how: SpeculativeDecoder, ids: Tensor, seen: Seen, limit: int) -> set[tuple[int, ...]]:
+    """Return the paths of EAGLE-2's tree, from whole passes over `ids [2, S]` of both copies.
+
+    Where the target's features are missing, those of as many tokens before stand in.
+    """
+    target, drafter, sampling = how.model, how.drafter, how.sampling
+    known, missing = seen.known, seen.known - 1 - seen.length
+    true = target.prefill(ids, target.new_cache(2, ids.shape[1]))
+    features = torch.cat((true[:, : seen.length], true[:, seen.length - missing : seen.length]), 1)
+    turned = target.angles(ids.shape[1] + 8)
+    own = {}
+
+    def chances(path: tuple[int, ...]) -> Tensor:
+        drafts = torch.tensor(path, dtype=torch.int64).expand(2, -1) + LAYOUT.first
+        fed = torch.cat((ids[:, 1:known], drafts), 1)
+        before = torch.cat((features, *(own[path[:n]] for n in range(len(path)))), 1)
+        angles = tuple(part[1 : fed.shape[1] + 1] for part in turned)
+        own[path] = drafter(target.embed(fed), before, angles)[:, -1:]
+        logits = target.logits(own[path])[:, 0, LAYOUT.first : LAYOUT.first + CODES]
+        guided = logits[1] + sampling.guidance * (logits[0] - logits[1])
+        return (guided / sampling.temperature).log_softmax(0)
+
+    scores, beams = {}, {(): 0.0}
+    for _ in range(how.depth):
+        level = {
+            (*path, token): score + float(value)
+            for path, score in beams.items()
+            for value, token in zip(*map(Tensor.tolist, chances(path).topk(how.top_k)), strict=True)
+        }
+        scores |= level
+        beams = dict(sorted(level.items(), key=lambda item: -item[1])[: how.top_k])
+    kept = sorted((p for p in scores if len(p) <= limit), key=lambda path: -scores[path])
+    return set(kept[: how.nodes - 1])
+
+
+@pytest.mark.parametrize("skip", [None, Uniform(2)], ids=str)
+def test_every_tree_is_what_whole_passes_of_target_and_drafter_give(skip: Uniform | None) -> None:
+    """No token of exact verification tells of a draft: its features, places and guidance do."""
+    how = decoder(skip=skip, top_k=2, nodes=7)
+    steps, made = watched(how, 2)
+    trees, stale = made._trees, 0
+    for row in range(2):
+        ids = trees._ids[[row, row + 2], : trees.size]
+        for seen in steps[row]:
+            # frame 0 begins at slot 5, frame 1 at 18, each of 12 tokens
+            limit = (17 if seen.known < 18 else 30) - seen.known
+            assert seen.paths == eagle(how, ids, seen, limit), seen
+            stale += seen.length < seen.known - 1
+            # from the sixth token on, every other step
+            warm = skip is not None and seen.step % 2 == 1 and seen.known > 10
+            assert seen.skipped == (warm and limit > 0)
+    assert (stale > 2) == (skip is not None)
 
 
 def test_dynamic_skipping_never_skips_twice_in_a_row() -> None:
