@@ -319,6 +319,17 @@ def test_llamagen_speculates_to_its_own_raster_tokens() -> None:
     assert torch.equal(run.codes[:, 0], frame.codes)
 
 
+def test_a_grid_that_is_not_llamagens_is_refused() -> None:
+    """Positions are slots, so that other rows gave tokens, silently those of another image."""
+    target = _target()
+    prompts = target.captions(torch.randn(1, CONDITION, 6, dtype=torch.float64))
+    decoder = SpeculativeDecoder(
+        target, load_drafter(_released(), OWN), Layout(1, 9, CODES), depth=2, top_k=2
+    )
+    with pytest.raises(ValueError, match="grid must be 3 x 3 tokens behind 4, got 1 x 9 behind 4"):
+        next(decoder.generate(prompts, frames=1))
+
+
 def test_lanterns_embeddings_are_shared_where_they_are_the_targets() -> None:
     state, target = _released(), _target()
     assert load_drafter(state, OWN, target=target).embedding is not None

@@ -399,6 +399,14 @@ def test_weights_may_move_between_two_videos() -> None:
     assert torch.equal(found.codes, make(fresh).codes)
 
 
+def test_a_drafter_of_another_dtype_is_refused() -> None:
+    how = decoder(sampling=Sampling())
+    how.drafter.float()
+    sentence = "drafter must be torch.float64 on cpu like the target, got torch.float32 on cpu"
+    with pytest.raises(ValueError, match=sentence):
+        make(how)
+
+
 def test_an_interrupted_video_is_over_and_the_next_is_as_if_it_were_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

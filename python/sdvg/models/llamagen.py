@@ -195,8 +195,13 @@ class LlamaGen(TokenLlama):
     ) -> Tensor:
         """Feed a pass and return its logits [B, T, codes]; else as `TokenLlama` does.
 
-        Raises ValueError for a grid that is not the image's: positions are rows and columns.
+        Raises ValueError as `check_grid` does.
         """
+        self.check_grid(grid)
+        return super().forward(ids, slots, steps, grid, cache, published=published, length=length)
+
+    def check_grid(self, grid: TokenGrid) -> None:
+        """Raise ValueError for a grid that is not the image's: positions are rows and columns."""
         own = (self.condition, self.side, self.side, self.side)
         if (grid.prefix, grid.height, grid.width, grid.row_stride) != own:
             raise ValueError(
@@ -204,7 +209,6 @@ class LlamaGen(TokenLlama):
                 f"{self.condition}, got {grid.height} x {grid.width} behind {grid.prefix}"
                 f"{' with ends of rows' if grid.eol else ''}"
             )
-        return super().forward(ids, slots, steps, grid, cache, published=published, length=length)
 
     def _row(self, caption: Tensor) -> Tensor:
         """Return the ids [..., condition] of a held caption [..., 1]; 0 is the empty one."""

@@ -216,6 +216,12 @@ class SpeculativeDecoder:
             _OP, self.model, self.layout, self.sampling, prompts=prompts, frames=frames,
             uncond=uncond, actions=actions,
         )  # fmt: skip
+        own, wanted = (next(iter(m.parameters())) for m in (self.drafter, self.model))
+        if (own.dtype, own.device) != (wanted.dtype, wanted.device):
+            raise ValueError(
+                f"speculative: drafter must be {wanted.dtype} on {wanted.device} like the target, "
+                f"got {own.dtype} on {own.device}; call drafter.to(...)"
+            )
         names = each(_OP, "sequences", sequences, range(len(prompts)))
         seed = whole(_OP, "seed", seed)
         self._running = SpeculativeGeneration(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from sdvg.models.llamagen import LlamaGen
 from sdvg.tokens import skipping
 from sdvg.tokens.window import TokenModel
 from sdvg_kernels import (
@@ -103,6 +104,9 @@ class Trees:
         self._grid = TokenGrid(
             layout.height, layout.width, layout.width, "spatial", prefix, layout.extra
         )
+        # a tree's positions are slots: no pass tells the target of the grid
+        if isinstance(target, LlamaGen):
+            target.check_grid(self._grid)
         self._layout = FrameLayout(prefix, layout.height * layout.width, layout.extra, layout.first)
         self.size = self._grid.slots(frames)
         self._copies = 2 if decoder.sampling.guidance != 1 else 1
