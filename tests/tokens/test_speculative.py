@@ -296,23 +296,30 @@ def eagle(how: SpeculativeDecoder, ids: Tensor, seen: Seen, limit: int) -> set[t
     return set(kept[: how.nodes - 1])
 
 
-@pytest.mark.parametrize("skip", [None, Uniform(2)], ids=str)
-def test_every_tree_is_what_whole_passes_of_target_and_drafter_give(skip: Uniform | None) -> None:
+@pytest.mark.parametrize(
+    ("skip", "top_k", "nodes", "chain"),
+    [(None, 2, 7, 0), (Uniform(2), 2, 7, 1), (Uniform(2), 1, 4, 3)],
+    ids=["verified", "tree", "chain"],
+)
+def test_every_tree_is_what_whole_passes_of_target_and_drafter_give(
+    skip: Uniform | None, top_k: int, nodes: int, chain: int
+) -> None:
     """No token of exact verification tells of a draft: its features, places and guidance do."""
-    how = decoder(skip=skip, top_k=2, nodes=7)
+    how = decoder(skip=skip, top_k=top_k, nodes=nodes)
     steps, made = watched(how, 2)
-    trees, stale = made._trees, 0
+    trees, missing = made._trees, [0]
     for row in range(2):
         ids = trees._ids[[row, row + 2], : trees.size]
         for seen in steps[row]:
             # frame 0 begins at slot 5, frame 1 at 18, each of 12 tokens
             limit = (17 if seen.known < 18 else 30) - seen.known
             assert seen.paths == eagle(how, ids, seen, limit), seen
-            stale += seen.length < seen.known - 1
+            missing.append(seen.known - 1 - seen.length)
             # from the sixth token on, every other step
             warm = skip is not None and seen.step % 2 == 1 and seen.known > 10
             assert seen.skipped == (warm and limit > 0)
-    assert (stale > 2) == (skip is not None)
+    assert (sum(map(bool, missing)) > 2) == (skip is not None)
+    assert max(missing) >= chain
 
 
 def test_dynamic_skipping_never_skips_twice_in_a_row() -> None:
