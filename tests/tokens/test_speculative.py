@@ -406,6 +406,58 @@ def test_weights_may_move_between_two_videos() -> None:
     assert torch.equal(found.codes, make(fresh).codes)
 
 
+class Replays:
+    """A recorder without a GPU: passes run before they are recorded, as where graphs are."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error, self.recorded, self.dropped = error, 0, 0
+
+    def drop(self) -> None:
+        self.dropped += 1
+
+    def warm_up(self, forward: Callable[[], None], _: torch.device) -> None:
+        forward()
+        forward()
+
+    def record(
+        self, forward: Callable[[], None], _: torch.device
+    ) -> tuple[None, Callable[[], None]]:
+        if self.error is not None:
+            raise self.error
+        self.recorded += 1
+        return None, forward
+
+
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+def test_warming_up_for_a_graph_leaves_no_trace(
+    skip: Uniform | Dynamic | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"skip": skip, "codebook": codebook()}
+    how, recorder = decoder(**options), Replays()
+    monkeypatch.setattr(how, "graphs", True)
+    monkeypatch.setattr(how, "recorder", recorder)
+    expected = make(decoder(**options))
+    for _ in range(2):
+        made = make(how)
+        assert torch.equal(made.codes, expected.codes)
+        assert made.counts == expected.counts
+        # a draft, and a target with a chain and without: extra tokens are a chain, too
+        assert recorder.recorded == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt("Ctrl-C")])
+def test_a_broken_capture_drops_its_pool(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, recorder = decoder(sampling=Sampling()), Replays(error)
+    make(how, 1, 1)
+    monkeypatch.setattr(how, "graphs", True)
+    monkeypatch.setattr(how, "recorder", recorder)
+    with pytest.raises(type(error), match=str(error)):
+        make(how, 1, 1)
+    assert recorder.dropped == 1
+
+
 def test_a_drafter_of_another_dtype_is_refused() -> None:
     how = decoder(sampling=Sampling())
     how.drafter.float()

@@ -229,8 +229,8 @@ class Trees:
             part.copy_(was)
         try:
             return decoder.recorder.record(work, decoder.model.device)[1]
-        except RuntimeError:
-            # the pool of a broken capture takes no new one
+        except BaseException:
+            # the pool of a broken capture, or of one that Ctrl-C ended, takes no new one
             decoder.recorder.drop()
             raise
 

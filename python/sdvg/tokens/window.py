@@ -210,7 +210,7 @@ class Window:
         self._at.copy_(at)
         try:
             return decoder.recorder.record(partial(self._pass, width), decoder.model.device)[1]
-        except RuntimeError:
-            # the pool of a broken capture takes no new one
+        except BaseException:
+            # the pool of a broken capture, or of one that Ctrl-C ended, takes no new one
             decoder.recorder.drop()
             raise
