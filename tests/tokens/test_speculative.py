@@ -518,6 +518,7 @@ def test_logits_without_a_distribution_end_the_video_or_the_draft(where: str) ->
         ({"layout": Layout(3, 4, 2), "top_k": 3}, "top_k must be at most the 2 codes, got 3"),
         ({"layout": Layout(3, 4, CODES, eol=1)}, "no end-of-line token, got 1"),
         ({"skip": Dynamic()}, "codebook must be given for Dynamic, got None"),
+        ({"skip": Dynamic(), "codebook": [[1.0]]}, "codebook must be a tensor, got list"),
         (
             {"codebook": torch.eye(3), "skip": Dynamic()},
             r"codebook must be \[18, E\], got \[3, 3\]",
@@ -539,6 +540,11 @@ def test_what_cannot_be_says_why(options: dict[str, object], sentence: str) -> N
         pytest.skip("a GPU has graphs")
     with pytest.raises((TypeError, ValueError), match=sentence):
         decoder(**options)
+
+
+def test_neighbours_must_be_a_table() -> None:
+    with pytest.raises(TypeError, match="neighbours must be a tensor, got NoneType"):
+        Relaxed(None, delta=0.1)
 
 
 def on_gpu(dtype: torch.dtype, **options: object) -> SpeculativeDecoder:

@@ -75,6 +75,11 @@ class Relaxed:
     delta: float | None = None
     ratio: float | None = None
 
+    def __post_init__(self) -> None:
+        _require_tensor("neighbours", self.neighbours)
+        # the first columns of a table would be copied in every step
+        object.__setattr__(self, "neighbours", self.neighbours.contiguous())
+
     def __call__(self, tree: TokenTree, logits: Tensor, **keys: object) -> Verified:
         """Return the path and the token behind it."""
         return verify_relaxed(
@@ -92,6 +97,11 @@ class Typical:
     def __call__(self, tree: TokenTree, logits: Tensor, **keys: object) -> Verified:
         """Return the path and the token behind it."""
         return verify_typical(tree, logits, epsilon=self.epsilon, alpha=self.alpha, **keys)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a tensor, got {type(value).__name__}")
 
 
 class SpeculativeDecoder:
@@ -155,6 +165,7 @@ class SpeculativeDecoder:
         if isinstance(skip, Dynamic):
             if codebook is None:
                 raise ValueError("speculative: codebook must be given for Dynamic, got None")
+            _require_tensor("codebook", codebook)
             if codebook.ndim != 2 or len(codebook) != layout.codes:
                 raise ValueError(
                     f"speculative: codebook must be [{layout.codes}, E], got {list(codebook.shape)}"
