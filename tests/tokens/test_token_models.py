@@ -185,7 +185,8 @@ def test_the_embedded_model_in_raster_order_is_the_stock_model_greedily() -> Non
     prompts = ["a seven moving left, slowly"]
     videos = EmbeddedVideos(models, mode="raster", sampling=Sampling(temperature=0))
     (shown,) = videos.generate(prompts, frames=1)
-    codes = videos.running.codes
+    (frame,) = videos.decoder.generate(models.prompts(prompts), frames=1)
+    codes = frame.codes[:, None]
     # each token is the likeliest after those before it: one forward says so of all
     ids = torch.cat((models.prompts(prompts), codes.flatten(1)), 1)
     with torch.no_grad():
