@@ -18,7 +18,9 @@ from benchmarks.harness import Row
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, LAYER, BENCHMARKS = ROOT / "sdvg_kernels", ROOT / "python" / "sdvg", ROOT / "benchmarks"
 OPS = sorted(path.parent.name for path in KERNELS.glob("*/api.py"))
-SHARED = ("_ops", "_check", "_budget", "_tuned", "_combine", "_tickets", "_fold", "_warp")
+SHARED = (
+    "_ops", "_check", "_budget", "_tuned", "_combine", "_tickets", "_fold", "_warp", "_few_rows",
+)  # fmt: skip
 
 # a room imports only from the storeys below its own
 STOREYS = (

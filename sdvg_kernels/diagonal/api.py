@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from typing import Literal
 
 import torch
 
-from sdvg_kernels import _ops
+from sdvg_kernels import _few_rows, _ops
 from sdvg_kernels._check import (
-    by_preference,
     require,
     require_dtype,
     require_implementation,
-    triton_reason,
 )
 from sdvg_kernels.diagonal import reference
 from sdvg_kernels.diagonal.schedule import TokenGrid
-
-HEAD_DIMS = (64, 100, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LOG = logging.getLogger("sdvg_kernels")
 
 
 def diagonal_mask(
@@ -71,12 +64,12 @@ def diagonal_mask(
     op = "diagonal_mask"
     _check_entries(op, slots, steps, grid, cache_leftpad)
     require(op, size >= 1, "size", "be at least 1", size)
-    known = dtype in (torch.bool, *DTYPES, torch.float64)
+    known = dtype in (torch.bool, *_few_rows.DTYPES, torch.float64)
     require_dtype(op, known, "dtype", "be bool, bfloat16, float16, float32 or float64", dtype)
     fits = not packed or dtype == torch.bool
     require(op, fits, "dtype", "be bool for a packed mask", dtype)
     device = slots.device.type
-    available = _available(device, dtype=dtype)
+    available = _few_rows.available(device, dtype=dtype)
     chosen = require_implementation(op, implementation, available, f"{device} tensors")
     return torch.ops.sdvg_kernels.diagonal_mask(
         slots, steps, size, _numbers(grid), cache_leftpad, dtype, packed, chosen
@@ -144,9 +137,9 @@ def diagonal_attention(
     good = num_splits is None or num_splits >= 1
     require(op, good, "num_splits", "be at least 1 or None", num_splits)
     device, dim = query.device.type, query.shape[3]
-    available = _available(device, dim, query.dtype)
+    available = _few_rows.available(device, dim, query.dtype)
     if implementation is None and (reason := next(iter(available.values()))):
-        _warn_once(device, reason)
+        _few_rows.warn_once(op, device, reason)
     where = f"{device} tensors of head dim {dim} and {query.dtype}"
     chosen = require_implementation(op, implementation, available, where)
     return torch.ops.sdvg_kernels.diagonal_attention(
@@ -174,30 +167,11 @@ def _check_caches(
     cache_batch_idx: torch.Tensor | None,
 ) -> None:
     """Raise unless query and caches are as the contract says."""
-    shape, cached = query.shape, k_cache.shape
-    require(op, len(shape) == 4, "query", "be [B, T, H, D]", shape)
+    _few_rows.require_caches(op, query, k_cache, v_cache, cache_batch_idx is not None)
+    shape, device = query.shape, query.device
     require(op, slots.shape == shape[:2], "slots", "be [B, T] of query", slots.shape)
-    fits = len(cached) == 4 and cached[3] == shape[3] and cached[1] > 0
-    require(op, fits, "k_cache", "be [Bc, S, Hk, D] with query's D and a slot at least", cached)
-    require(op, v_cache.shape == cached, "v_cache", "have the shape of k_cache", v_cache.shape)
-    divides = cached[2] > 0 and shape[2] % cached[2] == 0
-    require(op, divides, "k_cache", "have a number of heads that divides query's", cached)
-    dtype = query.dtype
-    known = dtype in DTYPES or dtype == torch.float64
-    require_dtype(op, known, "query", "be bfloat16, float16, float32 or float64", dtype)
-    require_dtype(op, k_cache.dtype is dtype, "k_cache", "have query's dtype", k_cache.dtype)
-    require_dtype(op, v_cache.dtype is dtype, "v_cache", "have query's dtype", v_cache.dtype)
-    device = query.device
-    require(op, k_cache.device == device, "k_cache", "be on query's device", k_cache.device)
-    require(op, v_cache.device == device, "v_cache", "be on query's device", v_cache.device)
     require(op, slots.device == device, "slots", "be on query's device", slots.device)
-    dense = shape[3] <= 1 or query.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
-    which, remedy = "query, k_cache and v_cache", "call .contiguous()"
-    require(op, dense, which, "be contiguous in the last dim", "another stride", remedy)
-    if cache_batch_idx is None:
-        remedy = "or pass cache_batch_idx"
-        require(op, cached[0] == shape[0], "k_cache", "have query's B", cached, remedy)
-    else:
+    if cache_batch_idx is not None:
         index = cache_batch_idx
         require(op, index.shape == shape[:1], "cache_batch_idx", "be [B]", index.shape)
         require_dtype(op, index.dtype == torch.int32, "cache_batch_idx", "be int32", index.dtype)
@@ -235,30 +209,10 @@ def _numbers(grid: TokenGrid) -> list[int]:
     return [*sizes, grid.k, grid.lead, grid.frame_passes]
 
 
-@functools.cache
-def _available(
-    device: str, dim: int = HEAD_DIMS[0], dtype: torch.dtype = torch.bfloat16
-) -> dict[str, str]:
-    """Return implementation -> "" or why it cannot run on such tensors, by preference."""
-    reason = triton_reason(device)
-    if not reason and dim not in HEAD_DIMS:
-        *dims, last = HEAD_DIMS
-        reason = f"the Triton kernel has head dim {', '.join(map(str, dims))} and {last}"
-    if not reason and dtype == torch.float64:
-        reason = "the Triton kernel has no torch.float64"
-    # the interpreter is for tests: never the default
-    return by_preference(device, reason)
-
-
-@functools.cache
-def _warn_once(device: str, reason: str) -> None:
-    _LOG.warning("diagonal_attention: the reference serves %s tensors here: %s", device, reason)
-
-
 def implementations() -> dict[str, str]:
     """Return implementation -> "" or why it is not available here, by preference."""
     if torch.cuda.is_available():
-        return dict(_available("cuda"))
+        return dict(_few_rows.available("cuda"))
     return {"triton": "no CUDA device is available", "reference": ""}
 
 

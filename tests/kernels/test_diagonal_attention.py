@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from sdvg_kernels import TokenGrid, diagonal_attention, diagonal_mask
+from sdvg_kernels import TokenGrid, _few_rows, diagonal_attention, diagonal_mask
 from sdvg_kernels import diagonal_schedule as schedule
 from sdvg_kernels.diagonal import api, config
 from sdvg_kernels.testing import Lane
@@ -362,7 +362,10 @@ def test_triton_says_what_it_cannot_run(random: torch.Generator) -> None:
 
 def test_launches_exist_for_every_head_dim_and_fill_the_machine() -> None:
     for capability, dim, dtype, rows in itertools.product(
-        ((8, 0), (9, 0), (10, 0), (12, 0), None), api.HEAD_DIMS, api.DTYPES, (1, 17, 300)
+        ((8, 0), (9, 0), (10, 0), (12, 0), None),
+        _few_rows.HEAD_DIMS,
+        _few_rows.DTYPES,
+        (1, 17, 300),
     ):
         assert config.choose(capability, dim, dtype, rows).BT >= 16
     # MineWorld on an H200: 4 heads of keys, 12 entries of 4 heads
@@ -454,5 +457,5 @@ def test_offsets_past_two_to_the_31_are_read(random: torch.Generator) -> None:
 
 @pytest.mark.gpu
 def test_the_gpu_serves_with_triton() -> None:
-    assert not api._available("cuda")["triton"]
-    assert next(iter(api._available("cuda"))) == "triton"
+    assert not _few_rows.available("cuda")["triton"]
+    assert next(iter(_few_rows.available("cuda"))) == "triton"

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sdvg_kernels import tree_attention
-from sdvg_kernels.masked import api, config
+from sdvg_kernels import _few_rows, tree_attention
+from sdvg_kernels.masked import config
 from sdvg_kernels.testing import Lane, assert_within_budget
 
 
@@ -409,7 +409,10 @@ def test_triton_says_what_it_cannot_run() -> None:
 
 def test_launches_exist_for_every_head_dim_and_fill_the_machine() -> None:
     for capability, dim, dtype, rows in itertools.product(
-        ((8, 0), (9, 0), (10, 0), (12, 0), None), api.HEAD_DIMS, api.DTYPES, (1, 17, 640)
+        ((8, 0), (9, 0), (10, 0), (12, 0), None),
+        _few_rows.HEAD_DIMS,
+        _few_rows.DTYPES,
+        (1, 17, 640),
     ):
         assert config.choose(capability, dim, dtype, rows).BT >= 16
     # Cosmos on an H200: 8 heads of keys, 64 entries of 4 heads
@@ -497,5 +500,5 @@ def test_offsets_past_two_to_the_31_are_read(random: torch.Generator) -> None:
 
 @pytest.mark.gpu
 def test_the_gpu_serves_with_triton() -> None:
-    assert not api._available("cuda")["triton"]
-    assert next(iter(api._available("cuda"))) == "triton"
+    assert not _few_rows.available("cuda")["triton"]
+    assert next(iter(_few_rows.available("cuda"))) == "triton"
