@@ -20,6 +20,7 @@ KERNELS, LAYER, BENCHMARKS = ROOT / "sdvg_kernels", ROOT / "python" / "sdvg", RO
 OPS = sorted(path.parent.name for path in KERNELS.glob("*/api.py"))
 SHARED = (
     "_ops", "_check", "_budget", "_tuned", "_combine", "_tickets", "_fold", "_warp", "_few_rows",
+    "_device",
 )  # fmt: skip
 
 # a room imports only from the storeys below its own

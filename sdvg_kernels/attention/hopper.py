@@ -24,7 +24,6 @@ off at the end of a sequence, rows beyond are zeros. Lengths are read on the dev
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.attention import config
 from sdvg_kernels.attention.descriptor import LAYOUT, can_copy, descriptor
 from sdvg_kernels.attention.finish import HALF, NEVER, bar, finish, scale_rows
@@ -388,7 +388,7 @@ def block_causal_attention(
     # a memset of 64 bytes a program: nothing is left over from a launch, or shared by two streams
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
     parts = query.new_empty((programs, 4, HALF.value * (dim + 2)), dtype=torch.float32)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with on(query.device):
         hopper_kernel[(programs,)](
             q_desc=descriptor(query, HALF.value),
             k_desc=descriptor(k_cache, launch.BN),

@@ -15,7 +15,6 @@ V is [Bc, Hk, D, S]: 8-bit products take both operands along the summed dimensio
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 
@@ -32,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.attention import config
 from sdvg_kernels.attention.descriptor import LAYOUT, can_copy, descriptor, swizzled, tiled
 from sdvg_kernels.attention.e4m3 import E4m3Cache
@@ -375,7 +375,7 @@ def block_causal_attention(
     programs = programs or _processors(query.device)
     state = query.new_zeros((programs, STATE.value), dtype=torch.int32)
     parts = query.new_empty((programs, 4, HALF.value * (dim + 2)), dtype=torch.float32)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with on(query.device):
         hopper_fp8_kernel[(programs,)](
             q_desc=descriptor(query, HALF.value),
             k_desc=descriptor(cache.k, launch.BN),

@@ -24,8 +24,6 @@ T] in base 2; lengths are read on the device.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -36,6 +34,7 @@ from sdvg_kernels import _combine, _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
 from sdvg_kernels._combine import combine_compilations, combine_parts, combine_rows
+from sdvg_kernels._device import capability, on, processors
 from sdvg_kernels._tickets import take
 from sdvg_kernels.attention import config
 
@@ -388,7 +387,7 @@ def block_causal_attention(
     group = heads // heads_cached
     pack = group if rows * group <= config.MOST_PACKED else 1
     launch = config.choose(
-        _capability(query.device),
+        capability(query.device),
         dim,
         query.dtype,
         rows * pack,
@@ -405,7 +404,7 @@ def block_causal_attention(
     if num_splits is None:
         seen = size if window is None else min(size, sink + window + rows)
         key_tiles = triton.cdiv(seen, launch.BS)
-        num_splits = config.splits(launch, tiles, key_tiles, _processors(query.device))
+        num_splits = config.splits(launch, tiles, key_tiles, processors(query.device))
 
     combine = _combine.COMBINE
     part = part_lse = tickets = None
@@ -413,7 +412,7 @@ def block_causal_attention(
         part = query.new_empty((num_splits, batch, rows, heads, dim), dtype=torch.float32)
         part_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
         combine = _combine.choose(min(rows * pack, launch.BT), dim, num_splits)
-    with _on(query.device):
+    with on(query.device):
         if num_splits > 1 and combine.last_program:
             tickets = take(query.device, tiles)
         attention_kernel[(tiles * num_splits,)](
@@ -471,23 +470,6 @@ def block_causal_attention(
         if num_splits > 1 and tickets is None:
             combine_parts(part, part_lse, out, lse, return_lse)
     return out, lse
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which Triton launches on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compilations(arch: int) -> Iterator[Compilation]:

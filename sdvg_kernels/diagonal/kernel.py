@@ -17,8 +17,6 @@ part_lse [NS, B, H, T] in base 2.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -29,6 +27,7 @@ import triton.language as tl
 from sdvg_kernels import _combine
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._combine import combine_parts
+from sdvg_kernels._device import capability, on, processors
 from sdvg_kernels._fold import fold, key_tiles, place, require_strides, store_rows
 from sdvg_kernels._tickets import take
 from sdvg_kernels.diagonal import config
@@ -269,12 +268,12 @@ def diagonal_attention(
     if out.numel() == 0:
         return out
     pack = heads // heads_cached
-    launch = config.choose(_capability(query.device), dim, query.dtype, rows * pack)
+    launch = config.choose(capability(query.device), dim, query.dtype, rows * pack)
     require_strides("diagonal_attention", query, k_cache, v_cache, launch.BS)
     tiles = batch * heads_cached * triton.cdiv(rows * pack, launch.BT)
     if num_splits is None:
         key_tiles = triton.cdiv(size, launch.BS)
-        num_splits = config.splits(launch, tiles, key_tiles, _processors(query.device))
+        num_splits = config.splits(launch, tiles, key_tiles, processors(query.device))
 
     padded = triton.next_power_of_2(dim)
     combine = _combine.COMBINE
@@ -283,7 +282,7 @@ def diagonal_attention(
         part = query.new_empty((num_splits, batch, rows, heads, padded), dtype=torch.float32)
         part_lse = query.new_empty((num_splits, batch, heads, rows), dtype=torch.float32)
         combine = _combine.choose(min(rows * pack, launch.BT), padded, num_splits)
-    with _on(query.device):
+    with on(query.device):
         if num_splits > 1 and combine.last_program:
             tickets = take(query.device, tiles)
         diagonal_kernel[(tiles * num_splits,)](
@@ -340,23 +339,6 @@ def diagonal_attention(
         if num_splits > 1 and tickets is None:
             combine_parts(part, part_lse, out, out, return_lse=False)
     return out
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which Triton launches on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compilations(arch: int) -> Iterator[Compilation]:

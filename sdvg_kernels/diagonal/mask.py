@@ -8,7 +8,6 @@ Layout: slots, steps [B, T]; mask [B, T, S], or [B, T, S / 8] bytes with the fir
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.diagonal import config
 from sdvg_kernels.diagonal.rule import GRID, decoded_in
 
@@ -102,7 +102,7 @@ def diagonal_mask(
     added = dtype.is_floating_point
     tiles = triton.cdiv(batch * rows, launch.BT) * triton.cdiv(size, launch.BS)
     device = slots.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         mask_kernel[(tiles,)](
             slots=slots,
             steps=steps,

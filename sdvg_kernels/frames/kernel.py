@@ -18,7 +18,6 @@ Layout: video [B, 3, F, H, W]; out [B, F, 3, size, size]; weights [tiles, 2, out
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,6 +28,7 @@ import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
+from sdvg_kernels._device import on
 from sdvg_kernels.frames import config, reference
 
 _DIGIT = tl.constexpr(4096)
@@ -224,7 +224,7 @@ def preprocess_frames(
     x = _tables(horizontal, launch.BX, config.ALIGN, launch.BK, device)
     y = _tables(vertical, launch.BY, 1, launch.BR, device)
     tiles_x, tiles_y, window = len(x.span), len(y.span), x.weights.shape[-1]
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         frames_kernel[(batch * frames * 3 * tiles_y * tiles_x,)](
             video=video,
             levels=reference.levels(mean, std, dtype, device),

@@ -15,7 +15,6 @@ Layout: x, y, residual, normed [B, T, C]; gate, shift, scale [B, F, C]; tables, 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +23,7 @@ import triton.language as tl
 
 from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.modulation import config
 
 
@@ -203,7 +203,7 @@ def _launch(
         (0, 0) if tensor is None else tensor.stride()[:2] for tensor in (y, gate, shift, scale)
     )
     device = x.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         modulation_kernel[(batch * frames * tiles,)](
             x=x,
             y=y,

@@ -14,7 +14,6 @@ Layout: x, residual, total, out [B, N, C]; weight, bias [C].
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.norm_silu import config, reference
 
 _EPS = tl.constexpr(reference.EPS)
@@ -124,7 +124,7 @@ def rms_norm_silu(
         (0, 0) if tensor is None else tensor.stride()[:2] for tensor in (residual, total)
     )
     device = x.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         norm_silu_kernel[(batch * tiles,)](
             x=x,
             weight=weight,

@@ -12,7 +12,6 @@ Layout: x [N, K] of any stride between rows, values [N, K], scales [N].
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.quantize import config
 
 # Triton's interpreter drops the carry into the exponent when it casts to e4m3
@@ -127,7 +127,7 @@ def quantize_rows(x: torch.Tensor, activation: str | None) -> tuple[torch.Tensor
         return values, scales
     launch = config.choose(width)
     device = x.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         quantize_kernel[(rows,)](
             x=x,
             values=values,

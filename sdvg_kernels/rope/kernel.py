@@ -18,7 +18,6 @@ table [P, D]: cosines, then sines. Lengths and frame offsets are read on the dev
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +27,7 @@ import triton.language as tl
 from sdvg_kernels import _tuned
 from sdvg_kernels._budget import Compilation
 from sdvg_kernels._check import message
+from sdvg_kernels._device import on
 from sdvg_kernels.rope import config
 
 _OP = "norm_rope"
@@ -342,7 +342,7 @@ def _launch(
     device = query.device
     launch = config.choose(tile, dim, _tuned.gpu_name(device))
     launch = config.INTERPRETED if _INTERPRETED else launch
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         rope_kernel[(height * width, rows // (height * width), batch)](
             query=query,
             key=key,

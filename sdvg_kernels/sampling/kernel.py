@@ -13,7 +13,6 @@ Layout: logits, uncond [N, V]; seeds, sequences, positions, index [N]; out flat.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 
 from sdvg_kernels import _warp
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.sampling import config
 
 
@@ -116,7 +116,7 @@ def sample_tokens(
     launch = config.launch(vocabulary)
     device = logits.device
     is_greedy = temperature == 0
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         sample_kernel[(rows,)](
             logits=logits,
             uncond=uncond,

@@ -16,7 +16,6 @@ Layout: logits, uncond [B, W, V]; tokens, scores, parents [B, M]; a tree's field
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +23,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels._tickets import take
 from sdvg_kernels._warp import guided, order
 from sdvg_kernels.tree import config
@@ -332,7 +332,7 @@ def expand_tree(
     launch = config.expand(vocabulary, logits.element_size(), is_aligned)
     tile = max(32, triton.next_power_of_2(count))
     tickets = None
-    with _on(device):
+    with on(device):
         if beams > 1:
             tickets = take(device, batch)
         expand_kernel[(batch * beams,)](
@@ -399,7 +399,7 @@ def build_tree(
     if batch == 0:
         return out
     launch = config.build(count)
-    with _on(device):
+    with on(device):
         build_kernel[(batch,)](
             root=root,
             tokens=tokens,
@@ -436,11 +436,6 @@ def _aligned(logits: torch.Tensor) -> bool:
     """Return whether Triton knows that groups of tokens are aligned, and one piece."""
     sizes = (logits.data_ptr(), logits.stride(0), logits.stride(1), logits.shape[2])
     return logits.stride(2) == 1 and all(size % 16 == 0 for size in sizes)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which Triton launches on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compilations(arch: int) -> Iterator[Compilation]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 import triton
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.tree_step import config
 from sdvg_kernels.tree_step.programs import beam_kernel, commit_kernel, draft_kernel, tree_kernel
 from sdvg_kernels.tree_step.skips import select_kernel, similarity_kernel
@@ -39,7 +39,7 @@ def draft_entries(
     if rows == 0:
         return out
     launch = config.copy(width)
-    with _on(ids.device):
+    with on(ids.device):
         draft_kernel[(rows * room,)](
             ids=ids,
             features=features,
@@ -93,7 +93,7 @@ def beam_entries(
     if rows == 0:
         return out
     launch = config.copy(size)
-    with _on(known.device):
+    with on(known.device):
         beam_kernel[(rows * width,)](
             known=known,
             tokens=tokens,
@@ -152,7 +152,7 @@ def tree_entries(
     )
     if rows == 0:
         return out
-    with _on(ids.device):
+    with on(ids.device):
         tree_kernel[(rows, triton.cdiv(room + nodes, config.ENTRIES))](
             ids=ids,
             known=known,
@@ -204,7 +204,7 @@ def commit_tree_(
         return moves
     prefix, frame, extra, first = layout
     launch = config.copy(width)
-    with _on(ids.device):
+    with on(ids.device):
         commit_kernel[(rows, 1 + kept)](
             ids=ids,
             features=features,
@@ -260,7 +260,7 @@ def select_path(
     out = depths.new_empty((batch, levels)), depths.new_empty(batch)
     if batch == 0:
         return out
-    with _on(depths.device):
+    with on(depths.device):
         select_kernel[(batch,)](
             depths=depths,
             first_child=first_child,
@@ -297,7 +297,7 @@ def path_similarity(
     if batch == 0:
         return out
     entries, width = codebook.shape
-    with _on(depths.device):
+    with on(depths.device):
         similarity_kernel[(batch,)](
             tokens=tokens,
             depths=depths,
@@ -317,11 +317,6 @@ def path_similarity(
             maxnreg=config.SIMILARITY_MAXNREG,
         )
     return out
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which Triton launches on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compilations(arch: int) -> Iterator[Compilation]:

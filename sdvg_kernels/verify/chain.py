@@ -13,7 +13,6 @@ probabilities. Layout: draft to q_chances [B, n]; logits, uncond [B, n + 1, V]; 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 
 from sdvg_kernels import _warp
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.verify import config
 from sdvg_kernels.verify.reference import SUM_TOLERANCE, Keys, Warp
 from sdvg_kernels.verify.rows import Rows, launch_rows, new_rows
@@ -308,7 +308,7 @@ def verify_chain(
     draft = draft.contiguous()
     keys = Keys(*(None if key is None else key.contiguous() for key in keys))
     device = logits.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         rows = launch_rows(logits, uncond, draft, None, keys, warp, levels, rule="exact")
         q_rows = rows
         if drafter == LOGITS:

@@ -11,7 +11,6 @@ Layout: frame_rewards [B, F], first, accept and score [B].
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.verify import chain, config, rows, walk
 
 
@@ -87,7 +87,7 @@ def route_blocks(
         return accept, score
     launch = config.ROUTE
     device = frame_rewards.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         route_kernel[(triton.cdiv(batch, launch.BB),)](
             frame_rewards=frame_rewards,
             first=first,

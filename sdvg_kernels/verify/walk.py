@@ -16,7 +16,6 @@ logits, uncond [B, N, V]; neighbours [V, K]; stamps [B, V]; path [B, P]; the oth
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +24,7 @@ import triton.language as tl
 
 from sdvg_kernels import _warp
 from sdvg_kernels._budget import Compilation
+from sdvg_kernels._device import on
 from sdvg_kernels.verify import config
 from sdvg_kernels.verify.reference import Keys, Warp
 from sdvg_kernels.verify.rows import launch_rows
@@ -378,7 +378,7 @@ def verify_tree(
     # nothing is looked up in what is not given
     table = tokens if neighbours is None else neighbours.contiguous()
     device = logits.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         rows = launch_rows(
             logits, uncond, tokens, parents, keys, warp, nodes, rule=rule, bounds=bounds
         )
