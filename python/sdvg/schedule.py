@@ -53,9 +53,33 @@ class Schedule:
                     f"got {steps} for one block"
                 )
 
+    @classmethod
+    def diagonal(cls, steps: Sequence[int] = (4, 3, 2)) -> Schedule:
+        """Return Diagonal Distillation's schedule of any numbers of steps (arXiv 2603.09488).
+
+        `steps` are those of block 0, 1, ...; the last number serves every later block. There is no
+        clean pass. 2, 3 and 4 steps have the released code's timesteps (933 and 733 are not warped,
+        the last one is: 100 becomes 357.14); more are spaced evenly from 1000 to 100 before Wan's
+        flow shift. The paper's other lists are 5,4,3,2, 5,3 (the best quality) and 4,2 (the
+        fastest).
+
+        Raises ValueError for no number, or one below 2: the next block sees nothing but the last
+        step's K/V, and the first step's are those of noise.
+        """
+        if not steps or any(count < 2 for count in steps):
+            raise ValueError(
+                f"schedule: diagonal must name at least 2 steps for each block, got {list(steps)}; "
+                "the K/V of a first step are those of noise"
+            )
+        return cls(tuple(_diagonal(count) for count in steps), clean_pass=False)
+
     def steps(self, block: int) -> tuple[float, ...]:
         """Return the timesteps of `block`, falling."""
         return self.timesteps[min(block, len(self.timesteps) - 1)]
+
+    def context(self, block: int) -> float:
+        """Return the timestep at which later blocks see `block`: 0, or that of its last step."""
+        return 0.0 if self.clean_pass else self.steps(block)[-1]
 
 
 def preset(name: str) -> Schedule:
@@ -68,9 +92,8 @@ def preset(name: str) -> Schedule:
       the embedded pair it moves a block's latents by 1.4% of their deviation (leaving out a real
       step: 21%), and 6.6% after five more blocks have gone on from it: next to nothing for a fifth
       of the target's time.
-    - `diagonal`: 4, 3, then 2 steps and no clean pass (Diagonal Distillation, arXiv 2603.09488,
-      released code:
-      933 and 733 are not warped, the last step is).
+    - `diagonal`: 4, 3, then 2 steps and no clean pass; `diagonal:5,3,3`: any numbers of steps
+      (`Schedule.diagonal`).
 
     Raises ValueError for another name.
     """
@@ -78,13 +101,22 @@ def preset(name: str) -> Schedule:
         "self_forcing": lambda: Schedule((warp((1000, 750, 500, 250)),)),
         "krea": lambda: Schedule((warp((1000, 750, 500, 250)),)),
         "krea_5": lambda: Schedule(((*warp((1000, 750, 500, 250)), 0.0),)),
-        "diagonal": lambda: _diagonal(*warp((100,))),
+        "diagonal": Schedule.diagonal,
     }
+    kind, _, counts = name.partition(":")
+    numbers = counts.split(",")
+    if kind == "diagonal" and all(number.strip().isdecimal() for number in numbers):
+        return Schedule.diagonal([int(number) for number in numbers])
     if name not in presets:
-        raise ValueError(f"schedule: preset must be one of {', '.join(presets)}, got {name!r}")
+        known = ", ".join(presets)
+        raise ValueError(
+            f"schedule: preset must be one of {known} or diagonal:STEPS (5,3,3), got {name!r}"
+        )
     return presets[name]()
 
 
-def _diagonal(last: float) -> Schedule:
-    blocks = ((1000.0, 933.0, 733.0, last), (1000.0, 933.0, last), (1000.0, last))
-    return Schedule(blocks, clean_pass=False)
+def _diagonal(count: int) -> tuple[float, ...]:
+    last = warp((100,))
+    released = {2: (1000.0, *last), 3: (1000.0, 933.0, *last), 4: (1000.0, 933.0, 733.0, *last)}
+    evenly = [1000 - 900 * step / (count - 1) for step in range(count)]
+    return released.get(count) or warp(evenly)

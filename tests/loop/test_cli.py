@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "a seven moving left"
 
 ROUTERS = ("reward", "stride", "random", "always", "never")
-PRESETS = "self_forcing, krea, krea_5, diagonal"
+PRESETS = "self_forcing, krea, krea_5, diagonal or diagonal:STEPS (5,3,3)"
 COMMITS = "must be lazy, eager or recompute:FRAMES"
 
 

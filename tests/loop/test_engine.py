@@ -117,7 +117,7 @@ def engine(router: object = None, **options: object) -> SDVG:
         ({"commit": Recompute(4)}, "Recompute must hold whole blocks of 3 frames, got 4"),
         ({"run_ahead": -1}, "run_ahead must be 0"),
         ({"run_ahead": 1, "drafter_cache": "synced"}, "run_ahead must be 0 unless"),
-        ({"schedule": "fast"}, "preset must be one of self_forcing, krea, krea_5, diagonal, got"),
+        ({"schedule": "fast"}, "preset must be one of self_forcing, krea, krea_5, diagonal or"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_in_one_sentence(
@@ -177,6 +177,10 @@ def test_a_request_of_the_wrong_type_is_named_in_one_sentence(
         (lambda: Schedule(((math.nan,),)), r"must fall within \[0, 1000\]"),
         (lambda: Schedule(((0.0,),)), r"must fall within \[0, 1000\] from above 0"),
         (lambda: Schedule(((1200.0,),)), r"must fall within \[0, 1000\]"),
+        (lambda: Schedule.diagonal(()), r"at least 2 steps for each block, got \[\]"),
+        (lambda: preset("diagonal:4,1"), r"at least 2 steps for each block, got \[4, 1\]; the K"),
+        (lambda: preset("diagonal:4,x"), "preset must be one of .*, got 'diagonal:4,x'"),
+        (lambda: preset("krea:4"), "preset must be one of .*, got 'krea:4'"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_sentence(make: object, text: str) -> None:
@@ -338,6 +342,18 @@ def test_presets_are_the_published_timesteps() -> None:
     assert [len(diagonal.steps(block)) for block in range(4)] == [4, 3, 2, 2]
     assert diagonal.steps(5) == pytest.approx((1000, 357.142857))
     assert not diagonal.clean_pass
+    assert preset("diagonal:4,3,2") == diagonal
+
+
+@pytest.mark.parametrize("counts", [(5, 3, 3), (5, 4, 3, 2), (4, 2), (2,), (7, 6)])
+def test_diagonal_schedules_take_any_numbers_of_steps(counts: tuple[int, ...]) -> None:
+    made = preset(f"diagonal:{','.join(map(str, counts))}")
+    assert made == Schedule.diagonal(counts)
+    assert [len(made.steps(block)) for block in range(8)] == [
+        *counts, *counts[-1:] * (8 - len(counts))
+    ]  # fmt: skip
+    last = pytest.approx(1000 * 5 * 0.1 / (1 + 4 * 0.1))
+    assert all((made.steps(n)[0], made.steps(n)[-1]) == (1000, last) for n in range(8))
 
 
 @pytest.mark.parametrize(
