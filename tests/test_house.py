@@ -25,13 +25,13 @@ SHARED = (
 
 # a room imports only from the storeys below its own
 STOREYS = (
-    ("types", "noise", "clock", "host", "video"),
+    ("types", "noise", "clock", "host", "video", "store"),
     ("router", "schedule", "cache", "models", "scorers"),
-    ("commit",),
+    ("commit", "request"),
     ("engine", "tokens"),
     ("report", "sweep", "bench", "env", "quality", "recipes", "arguments", "console"),
     ("token_sweep",),
-    ("vvs_sweep",),
+    ("vvs_sweep", "distill_sweep"),
     ("token_cli",),
     ("cli", "pipeline", "adapters", "train"),
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -97,6 +99,28 @@ class BrightnessScorer:
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         return ((frames.double().mean(dim=(2, 3, 4)) - 0.5) * 1000).float()
+
+
+def distilled_weights(folder: Path) -> Path:
+    """Return `folder` with the shipped weights by links, and untrained distilled models in it.
+
+    Both are the shipped drafter: what matters is who is loaded, and its schedule.
+    """
+    from sdvg.models.embedded import WEIGHTS
+
+    folder.mkdir()
+    for part in WEIGHTS.iterdir():
+        if part.name != "diagonal":
+            (folder / part.name).symlink_to(part)
+    told = {"timesteps": [[1000, 933, 733, 2500 / 7], [1000, 933, 2500 / 7], [1000, 2500 / 7]],
+            "clean_pass": False, "forcing": True, "flow": 1.0}  # fmt: skip
+    for name in ("drafter", "student"):
+        own = folder / "diagonal" / name
+        own.mkdir(parents=True)
+        for part in (WEIGHTS / "drafter").iterdir():
+            (own / part.name).symlink_to(part)
+        (own / "distillation.json").write_text(json.dumps(told))
+    return folder
 
 
 # keeps about half of the tiny drafter's blocks

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from sdvg import bench, env
 from sdvg.commit import policy
 from sdvg.console import (
+    Choice,
     Interrupts,
     asked,
+    choose,
     interrupted_sweep,
     output_paths,
     prepare,
@@ -26,8 +28,8 @@ from sdvg.console import (
 from sdvg.engine import SDVG, Generation
 from sdvg.report import Recording, sentence
 from sdvg.router import Always, Never, Random, Reward, Stride
-from sdvg.schedule import Schedule, preset
-from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, digest, methods
+from sdvg.sweep import MEAN_THRESHOLDS, PROBABILITIES, QUICK, THRESHOLDS, Row, digest, methods
+from sdvg.sweep import read as read_sweep
 from sdvg.sweep import sweep as run_sweep
 from sdvg.sweep import write as write_sweep
 from sdvg.token_cli import add_commands as add_token_commands
@@ -60,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     """Make one video for each prompt, with sheet and report; Ctrl-C keeps the finished blocks."""
     from sdvg.models import embedded
 
-    router, schedule, commit = _router(args), preset(args.schedule), policy(args.commit)
+    router, choice, commit = _router(args), choose(args), policy(args.commit)
     args.drafter_cache = args.drafter_cache or ("own" if args.run_ahead else "synced")
     paths = output_paths(args.out, len(args.prompt))
     with Aside() as aside, Interrupts() as interrupts:
@@ -68,15 +70,15 @@ def generate(args: argparse.Namespace) -> int:
             Recording(aside, path, prompt=prompt, sequence=row, fps=args.fps)
             for row, (path, prompt) in enumerate(zip(paths, args.prompt, strict=True))
         ]
-        pair = _load(args)
+        pair = _load(args, choice)
         warn_of_prompts(args.weights or embedded.WEIGHTS, args.prompt)
         loop = SDVG(
             pair.drafter, pair.target, pair.decoder, pair.scorer, router,
-            schedule=schedule, force_first=args.force_first, commit=commit,
-            drafter_schedule=_drafting(args, schedule),
+            schedule=choice.schedule, force_first=args.force_first, commit=commit,
+            drafter_schedule=choice.drafter_schedule,
             drafter_cache=args.drafter_cache, run_ahead=args.run_ahead,
         )  # fmt: skip
-        alone = SDVG(None, pair.target, pair.decoder, schedule=schedule, commit=commit)
+        alone = SDVG(None, pair.target, pair.decoder, schedule=choice.schedule, commit=commit)
         if args.compare:
             # what a first call costs (kernels compiled, memory taken) belongs to neither side
             for side in (loop, alone):
@@ -103,8 +105,9 @@ def generate(args: argparse.Namespace) -> int:
         }
         for recording in recordings:
             recording.finish(
-                stats, interrupted=interrupted, arguments=asked(args), versions=versions
-            )
+                stats, interrupted=interrupted, models=choice.told(), arguments=asked(args),
+                versions=versions,
+            )  # fmt: skip
         aside.keep()
     for recording in recordings:
         print(*recording.files.values(), sep="\n")
@@ -166,29 +169,27 @@ def sweep(args: argparse.Namespace) -> int:
     """Reproduce the paper's Table 1: sweep.csv, table.md, Pareto plot; goes on where it stopped."""
     from sdvg.models import embedded
 
+    choice = choose(args)
     grids = QUICK if args.quick else (THRESHOLDS, MEAN_THRESHOLDS, PROBABILITIES)
     asked = (args.thresholds, args.mean_thresholds, args.accept)
     lines = methods(*(grid if own is None else own for own, grid in zip(asked, grids, strict=True)))
+    older = _older(args, choice)
     args.drafter_cache = args.drafter_cache or "synced"
     count = (8 if args.quick else 100) if args.prompts is None else args.prompts
     options = {
-        "schedule": preset(args.schedule), "commit": policy(args.commit),
-        "drafter_schedule": _drafting(args, preset(args.schedule)),
-        "drafter_cache": args.drafter_cache,
+        "schedule": choice.schedule, "drafter_schedule": choice.drafter_schedule,
+        "commit": policy(args.commit), "drafter_cache": args.drafter_cache,
     }  # fmt: skip
+    _make_folder(args.out)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: {args.out} cannot be made: {error.strerror.lower()}") from error
-    try:
-        pair = _load(args)
-        machine = env.gpu() if pair.target.device.type == "cuda" else env.processor()
+        pair = _load(args, choice)
+        folder = args.weights or embedded.WEIGHTS
+        outside = [digest(part) for part in choice[:2] if isinstance(part, Path)]
+        used = embedded.parts(choice.drafter, choice.target)
         settings = {
-            "weights": digest(args.weights or embedded.WEIGHTS), "schedule": args.schedule,
-            "commit": args.commit, "drafter cache": args.drafter_cache, "dtype": args.dtype,
-            "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
-            "drafter timesteps": args.drafter_timesteps or "the schedule's",
-            "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "weights": " ".join([digest(folder, *used), *outside]), **choice.told(),
+            "commit": args.commit, "drafter cache": args.drafter_cache,
+            **_machine(args, pair),
         }  # fmt: skip
         rows = run_sweep(
             pair, embedded.quality, args.out, lines=lines, count=count, blocks=args.blocks,
@@ -199,10 +200,44 @@ def sweep(args: argparse.Namespace) -> int:
             + ", ".join(f"{name} {value}" for name, value in settings.items())
             + ". Made by `sdvg sweep`."
         )
-        print(*write_sweep(args.out, rows, lines, about), sep="\n")
+        print(*write_sweep(args.out, rows, lines, about, older), sep="\n")
     except KeyboardInterrupt:
         return interrupted_sweep(args.out / "videos.jsonl")
     return 0
+
+
+def _older(args: argparse.Namespace, choice: Choice) -> list[Row] | None:
+    """Return the rows of another drafter's sweep to compare with; None: nothing is compared."""
+    path = args.against
+    if path is None:
+        if choice.drafter == "four-step":
+            return None
+        # of a checkout; an installed package has no results
+        path = Path(__file__).parents[2] / "benchmarks" / "results" / "digits" / "sweep.csv"
+        if not path.is_file():
+            print("sdvg: no other front was given (--against FILE)", file=sys.stderr)
+            return []
+    if path.resolve() == (args.out / "sweep.csv").resolve():
+        raise ValueError(f"against: {path} must not be overwritten; give another --out")
+    return read_sweep(path)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {out} cannot be made: {error.strerror.lower()}") from error
+
+
+def _machine(args: argparse.Namespace, pair: EmbeddedPair) -> dict[str, object]:
+    """Return what of the machine decides a result."""
+    return {
+        "dtype": args.dtype,
+        "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
+        "machine": env.gpu() if pair.target.device.type == "cuda" else env.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _record(video: Generation, recordings: list[Recording], interrupts: Interrupts) -> None:
@@ -237,17 +272,14 @@ def _router(args: argparse.Namespace) -> Router:
     return routers[args.router]()
 
 
-def _drafting(args: argparse.Namespace, schedule: Schedule) -> Schedule:
-    if args.drafter_timesteps is None:
-        return schedule
-    return Schedule((tuple(args.drafter_timesteps),), clean_pass=schedule.clean_pass)
-
-
-def _load(args: argparse.Namespace) -> EmbeddedPair:
+def _load(args: argparse.Namespace, choice: Choice) -> EmbeddedPair:
     from sdvg.models import embedded
 
     device = prepare(args)
-    return embedded.load(args.weights, device=device, dtype=getattr(torch, args.dtype))
+    return embedded.load(
+        args.weights, drafter=choice.drafter, target=choice.target, device=device,
+        dtype=getattr(torch, args.dtype),
+    )  # fmt: skip
 
 
 def _one_sentence(error: Exception) -> str:
@@ -279,10 +311,14 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, metavar="FOLDER", help="default: the embedded models")
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="float32")
-    add("--schedule", default="self_forcing", help="self_forcing, krea, krea_5 or diagonal")
+    add("--schedule", help="the steps: self_forcing (default), krea, krea_5, diagonal, or "
+        "diagonal:5,3,3 with steps of one's own; diagonal takes the distilled models")  # fmt: skip
+    add("--drafter", metavar="four-step | diagonal | FOLDER",
+        help="diagonal: distilled for that schedule; a folder holds a transformer")  # fmt: skip
+    add("--target", metavar="teacher | student | FOLDER", help="student: distilled, too")
     add("--commit", default="lazy", help="lazy, eager or recompute:FRAMES")
     add("--drafter-timesteps", type=float, nargs="+", metavar="T",
-        help="the drafter's steps, falling within [0, 1000]; default: the schedule's")  # fmt: skip
+        help="the drafter's steps, falling within [0, 1000]; default: of its schedule")  # fmt: skip
     add("--drafter-cache", metavar="own | synced",
         help="what drafts go on from: synced, the final blocks (default), or own, the drafter's "
         "own, as in the paper (default with --run-ahead, which needs it)")  # fmt: skip
@@ -316,6 +352,9 @@ def parser() -> argparse.ArgumentParser:
     add("--thresholds", type=float, nargs="+", metavar="TAU", help="of the worst frame")
     add("--mean-thresholds", type=float, nargs="+", metavar="TAU", help="of the mean frame")
     add("--accept", type=float, nargs="+", metavar="P", help="probabilities of random routing")
+    add("--against", type=Path, metavar="FILE",
+        help="the sweep.csv of another drafter, into the same plot; default with a distilled "
+        "drafter: the one of this repository")  # fmt: skip
     new.set_defaults(run=sweep)
 
     add_token_commands(commands, common)

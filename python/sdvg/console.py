@@ -1,4 +1,4 @@
-"""What the commands share: the device, output paths, warnings of prompts, Ctrl-C."""
+"""What the commands share: models and steps, device, output paths, warnings of prompts, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,12 +6,84 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
+
+from sdvg.schedule import Schedule, preset
+
+
+class Choice(NamedTuple):
+    """Which models a command runs, and in what steps."""
+
+    # names that `embedded.load` knows, or folders of transformers
+    drafter: str | Path
+    target: str | Path
+    schedule: Schedule
+    drafter_schedule: Schedule
+
+    def told(self) -> dict[str, str]:
+        """Return it as texts."""
+        return {
+            "drafter": str(self.drafter),
+            "target": str(self.target),
+            "schedule": steps_of(self.schedule),
+            "drafter schedule": steps_of(self.drafter_schedule),
+        }
+
+
+def choose(args: argparse.Namespace) -> Choice:
+    """Return the models and steps that `--schedule`, `--drafter`, `--target` ask for.
+
+    A schedule `diagonal...` comes with the diagonally distilled models where none are named, and
+    such a model with the steps that it was distilled for where no schedule is given for it: a
+    diagonal one is for every distilled model, another one for the target and for a drafter that is
+    not distilled. That takes `self_forcing` where the target's steps have no clean pass.
+
+    Raises ValueError for another name, or a schedule that cannot be.
+    """
+    from sdvg.models import embedded
+
+    diagonal = args.schedule is not None and args.schedule.partition(":")[0] == "diagonal"
+    usual = ("student", "diagonal") if diagonal else ("teacher", "four-step")
+    target = _model("target", args.target or usual[0], embedded.TARGETS)
+    drafter = _model("drafter", args.drafter or usual[1], embedded.DRAFTERS)
+    schedule = preset(args.schedule) if args.schedule else _own(target) or preset("self_forcing")
+    drafting = schedule if diagonal else _own(drafter)
+    if _own(drafter) is None:
+        drafting = schedule if schedule.clean_pass else preset("self_forcing")
+    if args.drafter_timesteps is not None:
+        steps = (tuple(args.drafter_timesteps),)
+        drafting = Schedule(steps, clean_pass=drafting.clean_pass)
+    return Choice(drafter, target, schedule, drafting)
+
+
+def steps_of(schedule: Schedule) -> str:
+    """Return the timesteps of each block in a line, and whether a clean pass follows."""
+    blocks = (" ".join(f"{step:g}" for step in steps) for steps in schedule.timesteps)
+    return f"{' | '.join(blocks)}, {'a' if schedule.clean_pass else 'no'} clean pass"
+
+
+def _model(part: str, given: str, names: Iterable[str]) -> str | Path:
+    if given in names:
+        return given
+    if not Path(given).is_dir():
+        raise ValueError(f"{part}: must be {', '.join(names)}, or a folder, got {given!r}")
+    return Path(given)
+
+
+def _own(model: str | Path) -> Schedule | None:
+    """Return the schedule that a model was distilled for; None for others."""
+    from sdvg.models import embedded
+
+    if isinstance(model, Path) and (model / "distillation.json").is_file():
+        told = embedded.distilled(model)
+        return Schedule(told.timesteps, clean_pass=told.clean_pass)
+    return preset("diagonal") if model in ("student", "diagonal") else None
 
 
 def prepare(args: argparse.Namespace) -> str:

@@ -62,10 +62,14 @@ class Recording:
         stats: Stats,
         *,
         interrupted: bool,
+        models: Mapping[str, str],
         arguments: Mapping[str, object],
         versions: Mapping[str, object],
     ) -> None:
-        """Close the mp4, draw the sheet and write the report, all still partial."""
+        """Close the mp4, draw the sheet and write the report, all still partial.
+
+        `models`: which they are, and their denoising steps.
+        """
         self._video.close()
         self._sheet.save(self._partial["sheet"], footer=sentence(stats))
         report = {
@@ -73,6 +77,7 @@ class Recording:
             "sequence": self._sequence,
             "interrupted": interrupted,
             "files": {name: str(file) for name, file in self.files.items()},
+            "models": dict(models),
             "arguments": dict(arguments),
             "versions": dict(versions),
             "blocks": self._blocks,

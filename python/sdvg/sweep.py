@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from sdvg import store
 from sdvg.engine import SDVG
 from sdvg.router import Random, Reward
 from sdvg.types import CausalModel, Decoder, Router, Scorer
@@ -42,6 +41,8 @@ RESAMPLES = 2000
 # the paper's own points: share of target-only quality kept, speed-up
 PAPER_POINTS = ((0.981, 1.59), (0.957, 2.09))
 PAPER_DRAFT = 0.86
+# what a diagonally distilled drafter is to make of the paper's second point
+DISTILLED_POINT = (0.957, 2.6)
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIRECTIONS = ("left", "down right", "up", "down left", "right", "up left", "down", "up right")
@@ -160,54 +161,8 @@ def sweep(
             make(n, key, min(2, blocks))
 
     settings = dict(settings) | {"blocks": blocks, "seed": seed}
-    done = fill(folder / "videos.jsonl", settings, list(named), count, make, warm_up)
+    done = store.fill(folder / "videos.jsonl", settings, list(named), count, make, warm_up)
     return summarise(done, lines, count)
-
-
-def fill(
-    store: Path,
-    settings: Mapping[str, object],
-    keys: Sequence[str],
-    count: int,
-    make: Callable[[int, str], dict[str, object]],
-    warm_up: Callable[[int], None],
-) -> dict[tuple[int, str], dict[str, float]]:
-    """Make the video of every prompt 0 to `count` - 1 and method that `store` does not hold yet.
-
-    Args:
-        store: a file of JSON lines: the settings, then a video each, written as soon as it is made.
-        settings: all that decides a result beside the method and the prompt.
-        keys: the methods' names.
-        make: makes the video of (prompt's number, method); its result holds both as `prompt` and
-            `method`.
-        warm_up: called once with the number of the first prompt, if there is anything to make.
-
-    Returns (prompt's number, method) -> what `make` gave.
-
-    Raises ValueError for a store with other settings, or that is none.
-    """
-    done = _resume(store, settings)
-    left = [n for n in range(count) if any((n, key) not in done for key in keys)]
-    with (
-        store.open("a", encoding="utf-8") as file,
-        tqdm(total=count * len(keys), unit="video") as bar,
-    ):
-        bar.update(sum((n, key) in done for n in range(count) for key in keys))
-        if left:
-            warm_up(left[0])
-        for n in left:
-            # no method always comes first
-            first = n % len(keys)
-            for key in [*keys[first:], *keys[:first]]:
-                if (n, key) in done:
-                    continue
-                video = make(n, key)
-                done[n, key] = video
-                file.write(json.dumps(video) + "\n")
-                file.flush()
-                bar.set_postfix_str(key)
-                bar.update()
-    return done
 
 
 def summarise(
@@ -266,20 +221,29 @@ def gains(
     return found
 
 
-def write(folder: Path, rows: Sequence[Row], lines: Sequence[Method], about: str) -> list[Path]:
+def write(
+    folder: Path,
+    rows: Sequence[Row],
+    lines: Sequence[Method],
+    about: str,
+    older: Sequence[Row] | None = None,
+) -> list[Path]:
     """Write sweep.csv, table.md, pareto.png and pareto.svg into `folder`; return their paths.
+
+    `older` is given for a diagonally distilled drafter: the rows of another drafter's sweep (or
+    none), which go into the plot too, and the table says whether `DISTILLED_POINT` was reached.
 
     Raises ImportError where matplotlib is missing, before anything is written.
     """
-    figure = plot(rows)
-    videos = _read(folder / "videos.jsonl")[1]
+    figure = plot(rows, older or ())
+    videos = store.read(folder / "videos.jsonl")[1]
     partial = {name: folder / f"{name}.partial" for name in ("sweep.csv", "table.md", "pareto.png")}
     partial["pareto.svg"] = folder / "pareto.svg.partial"
     with partial["sweep.csv"].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(_cells(row) for row in rows)
-    table = _table(rows, gains(videos, lines, rows[0].videos), about)
+    table = _table(rows, gains(videos, lines, rows[0].videos), about, older)
     partial["table.md"].write_text(table, encoding="utf-8")
     figure.savefig(partial["pareto.png"], format="png", dpi=150)
     figure.savefig(partial["pareto.svg"], format="svg", metadata={"Date": None})
@@ -288,8 +252,35 @@ def write(folder: Path, rows: Sequence[Row], lines: Sequence[Method], about: str
     return [folder / name for name in partial]
 
 
-def plot(rows: Sequence[Row]) -> Figure:
-    """Return quality against speed-up with 95% intervals; ImportError without matplotlib."""
+def read(path: Path) -> list[Row]:
+    """Return the rows of a sweep.csv, their speed-ups without intervals, which it does not hold.
+
+    Raises ValueError for a file that is none, in one sentence.
+    """
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                given = [row[name] for name in COLUMNS]
+                tau, accepted = (float(given[i]) if given[i] else None for i in (1, 7))
+                quality, speedup = map(float, given[2:5]), float(given[6])
+                seconds, videos = float(given[5]), int(given[8])
+                speedups = (speedup, accepted, videos, speedup, speedup)
+                rows.append(Row(given[0], tau, *quality, seconds, *speedups))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"sweep: {path} must be a sweep's sweep.csv, got {type(error).__name__}: {error}"
+        ) from error
+    if not any(row.method == "target" for row in rows):
+        raise ValueError(f"sweep: {path} must hold a row of the target alone, got {len(rows)} rows")
+    return rows
+
+
+def plot(rows: Sequence[Row], older: Sequence[Row] = ()) -> Figure:
+    """Return quality against speed-up with 95% intervals, `older` rows pale beside them.
+
+    Raises ImportError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -305,46 +296,45 @@ def plot(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, (label, colour, marker) in styles.items():
-        mine = sorted((row for row in rows if row.method == name), key=lambda row: row.speedup)
-        if not mine:
-            continue
-        x, y = [row.speedup for row in mine], [row.quality for row in mine]
-        axes.errorbar(
-            x, y,
-            xerr=[[row.speedup - row.speedup_low for row in mine],
-                  [row.speedup_high - row.speedup for row in mine]],
-            yerr=[[row.quality - row.quality_low for row in mine],
-                  [row.quality_high - row.quality for row in mine]],
-            label=label, color=colour, marker=marker, markersize=11 if marker == "*" else 5,
-            linewidth=1.2, elinewidth=0.7, capsize=2,
-        )  # fmt: skip
-        if name == "reward":
-            for row in mine:
+        for front, pale in ((older, True), (rows, False)):
+            mine = sorted((row for row in front if row.method == name), key=lambda row: row.speedup)
+            if not mine:
+                continue
+            axes.errorbar(
+                [row.speedup for row in mine], [row.quality for row in mine],
+                xerr=[[row.speedup - row.speedup_low for row in mine],
+                      [row.speedup_high - row.speedup for row in mine]],
+                yerr=[[row.quality - row.quality_low for row in mine],
+                      [row.quality_high - row.quality for row in mine]],
+                label=f"{label}, other drafter" if pale else label, color=colour, marker=marker,
+                markersize=11 if marker == "*" else 5, linewidth=1.2, elinewidth=0.7, capsize=2,
+                alpha=0.4 if pale else 1, linestyle=":" if pale else "-",
+                markerfacecolor="none" if pale else colour,
+            )  # fmt: skip
+            for row in mine if name == "reward" else ():
                 axes.annotate(
                     f"{row.tau:g}", (row.speedup, row.quality), xytext=(4, 5),
                     textcoords="offset points", fontsize=7, color=colour,
+                    alpha=0.4 if pale else 1,
                 )  # fmt: skip
     axes.set_xlabel("speed-up over target only")
     axes.set_ylabel("quality (judge, 0 to 1)")
     axes.set_title(f"Quality against speed, {rows[0].videos} prompts, 95% confidence", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    axes.legend(fontsize=7 if older else 8, frameon=False, loc="lower left")
     return figure
 
 
 def digest(folder: Path, *parts: str) -> str:
     """Return 12 hex digits that name the models in `folder`: weights, configs and tokenizer.
 
-    `parts` are the folders inside that count; none: all.
+    `parts` are the folders and files inside that count; none: all.
     """
     whole = hashlib.sha256()
-    inside = [folder / part for part in parts] or [folder]
-    for file in sorted(
-        file
-        for part in inside
-        for kind in ("safetensors", "json")
-        for file in part.rglob(f"*.{kind}")
-    ):
+    files = {folder / part for part in parts if (folder / part).is_file()}
+    for part in [folder / part for part in parts] or [folder]:
+        files.update(*(part.rglob(f"*.{kind}") for kind in ("safetensors", "json")))
+    for file in sorted(files):
         whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return whole.hexdigest()[:12]
 
@@ -382,47 +372,6 @@ def _video(
     }
 
 
-def _read(store: Path) -> tuple[object, dict[tuple[int, str], dict[str, float]], int]:
-    """Return the settings, the videos, and the length of the whole lines in bytes."""
-    settings, videos, length = None, {}, 0
-    for raw in store.read_bytes().splitlines(keepends=True) if store.exists() else []:
-        # a line without its end was cut by a crash
-        if not raw.endswith(b"\n"):
-            break
-        try:
-            entry = json.loads(raw)
-            if settings is None:
-                settings = entry["settings"]
-            else:
-                videos[entry["prompt"], entry["method"]] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"sweep: {store} must be the videos of a sweep, got {raw[:40]!r}; "
-                "give another --out, or remove it to begin anew"
-            ) from error
-        length += len(raw)
-    return settings, videos, length
-
-
-def _resume(store: Path, settings: Mapping[str, object]) -> dict[tuple[int, str], dict[str, float]]:
-    settings = json.loads(json.dumps(settings))
-    found, videos, length = _read(store)
-    # settings alone: the run failed before its first video
-    if not videos:
-        store.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-        return {}
-    if found != settings:
-        differing = [
-            name for name in {**found, **settings} if found.get(name) != settings.get(name)
-        ]
-        raise ValueError(
-            f"sweep: {store} was made with another {', '.join(sorted(differing))}; "
-            "give another --out, or remove it to begin anew"
-        )
-    os.truncate(store, length)
-    return videos
-
-
 def _matrices(
     videos: Mapping[tuple[int, str], Mapping[str, float]], lines: Sequence[Method], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -452,8 +401,28 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _point(rows: Sequence[Row], point: tuple[float, float], ways: Sequence[str]) -> str:
+    """Return whether (share of quality, speed-up) was reached by one of the methods `ways`."""
+    whole = next(row.quality for row in rows if row.method == "target")
+    share, speedup = point
+    fast = [row for row in rows if row.method in ways and row.speedup >= speedup]
+    best = max(fast, key=lambda row: row.quality, default=None)
+    words = f"- {share:.1%} of target-only quality at {speedup}x or more: "
+    if best is None:
+        return f"{words}no threshold is that fast"
+    reached = best.quality / whole
+    frame = " of the mean frame" if best.method == "reward-mean" else ""
+    return (
+        f"{words}{'yes' if reached >= share else 'no'}, tau {best.tau:g}{frame} keeps "
+        f"{reached:.1%} at {best.speedup:.2f}x"
+    )
+
+
 def _table(
-    rows: Sequence[Row], gained: Sequence[tuple[float, float, float, float]], about: str
+    rows: Sequence[Row],
+    gained: Sequence[tuple[float, float, float, float]],
+    about: str,
+    older: Sequence[Row] | None = None,
 ) -> str:
     whole = next(row.quality for row in rows if row.method == "target")
     text = [
@@ -480,18 +449,16 @@ def _table(
             f"- draft-only keeps {share:.1%} of target-only quality (at most {PAPER_DRAFT:.0%}: "
             f"{'yes' if share <= PAPER_DRAFT else 'no'})"
         )
-    for share, speedup in PAPER_POINTS:
-        fast = [row for row in rows if row.method == "reward" and row.speedup >= speedup]
-        best = max(fast, key=lambda row: row.quality, default=None)
-        words = f"- {share:.1%} of target-only quality at {speedup}x or more: "
-        if best is None:
-            text.append(f"{words}no threshold is that fast")
-            continue
-        reached = best.quality / whole
-        text.append(
-            f"{words}{'yes' if reached >= share else 'no'}, tau {best.tau:g} keeps {reached:.1%} "
-            f"at {best.speedup:.2f}x"
-        )
+    text += [_point(rows, point, ("reward",)) for point in PAPER_POINTS]
+    if older is not None:
+        ways = ("reward", "reward-mean")
+        text += [
+            "\nAgainst what a diagonally distilled drafter is to reach (the paper's SDVG: "
+            f"{PAPER_POINTS[1][1]}x):\n",
+            _point(rows, DISTILLED_POINT, ways),
+        ]
+        if older:
+            text.append(f"{_point(older, DISTILLED_POINT, ways)} (the other drafter, `--against`)")
     if gained:
         text.append(
             "\nReward routing less random routing with a forced first block, in quality at the "

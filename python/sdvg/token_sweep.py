@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdvg.sweep import Judged, fill, prompts, resamples
+from sdvg.store import fill
+from sdvg.sweep import Judged, prompts, resamples
 from sdvg.tokens.embedded import JACOBI, Shown
 from sdvg.video import pixels
 

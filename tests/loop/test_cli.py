@@ -156,6 +156,78 @@ def test_every_option_reaches_the_loop(
     assert verdicts == expected.get(options[1], verdicts)
 
 
+DIAGONAL = [[1000.0, 933.0, 733.0, 357.1], [1000.0, 933.0, 357.1], [1000.0, 357.1]]
+FOUR = [[1000.0, 937.5, 833.3, 625.0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "drafted", "made"),
+    [
+        ((), ("four-step", "teacher"), FOUR, FOUR),
+        (("--schedule", "diagonal"), ("diagonal", "student"), DIAGONAL, DIAGONAL),
+        (("--drafter", "diagonal"), ("diagonal", "teacher"), DIAGONAL, FOUR),
+        (("--target", "student"), ("four-step", "student"), FOUR, DIAGONAL),
+        (
+            ("--schedule", "diagonal", "--drafter", "four-step"),
+            ("four-step", "student"), FOUR, DIAGONAL,
+        ),
+        (
+            ("--schedule", "diagonal:3,2", "--target", "teacher"),
+            ("diagonal", "teacher"),
+            [[1000.0, 933.0, 357.1]] + [[1000.0, 357.1]] * 2,
+            [[1000.0, 933.0, 357.1]] + [[1000.0, 357.1]] * 2,
+        ),
+        (
+            ("--drafter", "diagonal", "--drafter-timesteps", "900", "500"),
+            ("diagonal", "teacher"), [[900.0, 500.0]] * 3, FOUR,
+        ),
+        (("--drafter", "models/mine"), (Path("models/mine"), "teacher"), [[1000.0]] * 3, FOUR),
+    ],
+)  # fmt: skip
+def test_diagonal_models_come_with_their_schedule(
+    pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    named: tuple[object, ...],
+    drafted: list[list[float]],
+    made: list[list[float]],
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    told = {"timesteps": [[1000]], "clean_pass": False, "forcing": False, "flow": 0}
+    (tmp_path / "models" / "mine" / "distillation.json").write_text(json.dumps(told))
+    asked: dict[str, object] = {}
+
+    def load(_: object, **given: object) -> Pair:
+        asked.update(given)
+        return pair
+
+    monkeypatch.setattr(embedded, "load", load)
+    taken: dict[str, list[list[float]]] = {"drafter": [], "target": []}
+    for name, blocks in taken.items():
+        model = getattr(pair, name)
+
+        def record(
+            *args: object, whole: Callable = model.denoise, blocks: list = blocks, **rest: object
+        ) -> object:
+            # a block begins anew
+            if rest["start_frame"] == 3 * len(blocks):
+                blocks.append([])
+            blocks[-1].append(round(args[1], 1))
+            return whole(*args, **rest)
+
+        model.denoise = record
+    both = ("--blocks", "3", "--router", "never", "--drafter-cache", "own")
+    assert generate(*both, *options) == 0
+    assert (asked["drafter"], asked["target"]) == named
+    assert taken == {"drafter": drafted, "target": made}
+    models = json.loads((tmp_path / "a.json").read_text())["models"]
+    assert (models["drafter"], models["target"]) == tuple(map(str, named))
+    first = " ".join(f"{step:g}" for step in drafted[0])[:8]
+    assert models["drafter schedule"].startswith(first)
+    assert models["schedule"].endswith("no clean pass" if made != FOUR else "a clean pass")
+
+
 def test_unknown_words_are_named_and_generated_anyway(
     pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +289,8 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--router random --accept 1.5", "router: accept must lie in [0, 1], got 1.5"),
         ("--router best", f"router: must be one of {', '.join(ROUTERS)}, got 'best'"),
         ("--schedule fast", f"schedule: preset must be one of {PRESETS}, got 'fast'"),
+        ("--drafter x", "drafter: must be four-step, diagonal, or a folder, got 'x'"),
+        ("--target 4", "target: must be teacher, student, or a folder, got '4'"),
         ("--commit late", f"commit: {COMMITS}, got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),
         ("--device gpu", "device: must be cpu, cuda, cuda:1, ..., got 'gpu'"),
@@ -477,6 +551,33 @@ def test_sweep_command_writes_its_files_and_goes_on(
     code = main([*arguments[:-1], "--quick", "--seed", "3"])
     assert code == 2
     assert "was made with another seed" in capsys.readouterr().err
+
+
+def test_a_sweep_of_a_diagonal_drafter_is_held_against_another_front(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
+    arguments = ["sweep", "--prompts", "1", "--blocks", "1", "--quick"]
+    assert main([*arguments, "--out", "old"]) == 0
+    assert "2.6x" not in (tmp_path / "old" / "table.md").read_text()
+    arguments += ["--drafter", "diagonal"]
+    against = ["--against", "old/sweep.csv"]
+    assert main([*arguments, "--out", "new", *against]) == 0
+    table = (tmp_path / "new" / "table.md").read_text()
+    assert "drafter diagonal, target teacher, schedule 1000 937.5 833.333 625, a clean" in table
+    assert "drafter schedule 1000 933 733 357.143 | 1000 933 357.143 | 1000 357.143, no cl" in table
+    assert table.count("95.7% of target-only quality at 2.6x or more") == 2
+    # this repository's own front is the default
+    assert main([*arguments, "--out", "new"]) == 0
+    assert table != (tmp_path / "new" / "table.md").read_text()
+    capsys.readouterr()
+    for options, said in (
+        (["--out", "old", *against], "against: old/sweep.csv must not be overwritten"),
+        (["--out", "c", "--against", "no.csv"], "no.csv must be a sweep's sweep.csv, got FileN"),
+        (["--out", "old"], "was made with another drafter, drafter schedule"),
+    ):
+        assert main([*arguments, *options]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["_load", "run_sweep", "write_sweep"])

@@ -16,7 +16,18 @@ from torch import Tensor
 from sdvg import sweep as room
 from sdvg.models import embedded
 from sdvg.models.embedded import EmbeddedPair as Pair
-from sdvg.sweep import COLUMNS, Method, digest, gains, methods, prompts, summarise, sweep, write
+from sdvg.sweep import (
+    COLUMNS,
+    Method,
+    digest,
+    gains,
+    methods,
+    prompts,
+    read,
+    summarise,
+    sweep,
+    write,
+)
 from tests.tiny import TAU, BrightnessScorer, tiny_pair
 
 pytest.importorskip("matplotlib", reason="the plot is matplotlib's")
@@ -218,8 +229,59 @@ def test_gain_over_random_is_taken_at_the_same_speed() -> None:
     assert "The reward beats random routing at 0 of 1 thresholds" in table
 
 
+def row(method: str, quality: float, speedup: float, tau: float | None = None) -> room.Row:
+    return room.Row(method, tau, quality, quality, quality, 1.0, speedup, None, 4, speedup, speedup)
+
+
+def test_a_sweep_is_read_back(pair: Pair, tmp_path: Path) -> None:
+    rows = run(pair, tmp_path)
+    write(tmp_path, rows, LINES, "About.")
+    again = read(tmp_path / "sweep.csv")
+    assert [room._cells(row) for row in again] == [room._cells(row) for row in rows]
+    for text in ("", "method,tau\ntarget,\n", "\x00", "not a table"):
+        (tmp_path / "other.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"^sweep: .*other.csv must (be|hold)"):
+            read(tmp_path / "other.csv")
+    with pytest.raises(ValueError, match=r"none.csv must be a sweep's sweep.csv, got FileNotFound"):
+        read(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row("reward", 0.96, 2.61, -1.0)], "yes, tau -1 keeps 96.0% at 2.61x"),
+        ([row("reward-mean", 0.96, 2.7, 0.0)], "yes, tau 0 of the mean frame keeps 96.0% at 2.70x"),
+        (
+            [row("reward", 0.95, 2.61, -1.0), row("reward", 0.99, 2.59, 0.3)],
+            "no, tau -1 keeps 95.0",
+        ),
+        ([row("random", 0.99, 2.7, 0.9)], "no threshold is that fast"),
+    ],
+)
+def test_the_table_says_whether_a_distilled_drafter_is_fast_enough(
+    rows: list[room.Row], said: str
+) -> None:
+    whole, words = row("target", 1.0, 1.0), "- 95.7% of target-only quality at 2.6x or more: "
+    text = room._table([whole, *rows], [], "About.", [])
+    assert words + said in text
+    assert "(the paper's SDVG: 2.09x)" in text
+    assert text.count(words) == 1
+    other = room._table([whole], [], "About.", [whole, *rows])
+    assert f"{words}no threshold is that fast" in other
+    assert words + said in other
+    assert words not in room._table([whole, *rows], [], "About.")
+
+
+def test_the_plot_has_both_fronts(pair: Pair, tmp_path: Path) -> None:
+    rows = run(pair, tmp_path)
+    labels = room.plot(rows, rows).axes[0].get_legend_handles_labels()[1]
+    assert {"reward, worst frame", "reward, worst frame, other drafter"} < set(labels)
+    assert len(labels) == 2 * len(room.plot(rows).axes[0].get_legend_handles_labels()[1])
+
+
 def test_committed_result_is_of_the_shipped_weights() -> None:
     table = Path(__file__).parents[2] / "benchmarks" / "results" / "digits" / "table.md"
-    assert f"weights {digest(embedded.WEIGHTS)}" in table.read_text(), (
+    used = embedded.parts()
+    assert f"weights {digest(embedded.WEIGHTS, *used)}" in table.read_text(), (
         "the weights changed: run `sdvg sweep --out benchmarks/results/digits` again"
     )

@@ -19,6 +19,8 @@ from sdvg.models.embedded.classifier import centroids
 from sdvg.models.embedded.prompts import DIGITS, DIRECTIONS, SPEEDS, Request, parse_prompt
 from sdvg.models.embedded.quality import Judge, quality
 from sdvg.models.wan import CausalWan
+from sdvg.schedule import preset
+from tests.tiny import distilled_weights
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,12 @@ def clips() -> tuple[Tensor, list[str]]:
     return grey[:, :, None].expand(-1, -1, 3, -1, -1), prompts
 
 
-def test_the_weights_weigh_at_most_25_megabytes() -> None:
-    files = [path for path in embedded.WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25e6
+def test_the_weights_weigh_at_most_25_megabytes_and_the_distilled_ones_10() -> None:
+    sizes = {True: 0, False: 0}
+    for path in filter(Path.is_file, embedded.WEIGHTS.rglob("*")):
+        sizes[path.is_relative_to(embedded.WEIGHTS / "diagonal")] += path.stat().st_size
+    assert sizes[False] <= 25e6
+    assert sizes[True] <= 10e6
 
 
 def test_each_part_loads_by_its_own_class() -> None:
@@ -213,6 +218,25 @@ def test_quality_sees_what_is_wrong(clips: tuple[Tensor, list[str]]) -> None:
         quality(frames[None], prompt)
 
 
+def test_a_part_of_a_video_may_have_been_turned_by_walls(
+    clips: tuple[Tensor, list[str]],
+) -> None:
+    later = [(frames[45:], prompt) for frames, prompt in zip(*clips, strict=True)]
+    whole = torch.tensor([quality(*row).motion for row in later])
+    part = torch.tensor([quality(*row, segment=True).motion for row in later])
+    # every clip meets a wall in 45 frames but for the slow ones
+    assert part.mean() > 0.95
+    assert whole.mean() < part.mean() - 0.2
+    assert (part >= whole).all()
+    # what stands still, or goes another way, is no more right in a part
+    still = later[0][0][:1].expand(60, -1, -1, -1)
+    assert quality(still, later[0][1], segment=True).motion < part.min() - 0.1
+    turned = [(frames.transpose(2, 3), prompt) for frames, prompt in later]
+    straight = [row for row in turned if parse_prompt(row[1]).direction in ("left", "up")]
+    for row in straight:
+        assert quality(*row, segment=True).motion < 0.9
+
+
 def test_judge_reads_the_held_out_scans(clips: tuple[Tensor, list[str]]) -> None:
     from sdvg.train.data import load_scans, render
 
@@ -236,8 +260,8 @@ def test_training_forward_is_the_cached_forward() -> None:
     clean, noise = torch.randn(2, 1, 16, 27, 4, 4).unbind(0)
     sigma, text = torch.rand(1, 9), torch.randn(1, 24, 128)
     with torch.no_grad():
-        forward = transformer.TeacherForcing(model, torch.float32)
-        velocity = forward(model, clean, noise, sigma, text)
+        forward = transformer.forward_of(model, dtype=torch.float32)
+        velocity = forward(model, noise, sigma, text, context=clean)
     cached = CausalWan(model, lambda _: text, height=4, width=4, sink_frames=3, window_frames=9)
     cached.start([""])
     for block in range(9):
@@ -317,6 +341,56 @@ def test_a_resumed_training_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert (tmp_path / "broken" / "net.csv").read_text().startswith("step,seconds,lr,loss")
+
+
+def test_distilled_models_are_loaded_by_name_or_folder(tmp_path: Path) -> None:
+    folder = distilled_weights(tmp_path / "w")
+
+    def layers(**names: str | Path) -> tuple[int, int]:
+        models = embedded.load(folder, **names)
+        return tuple(len(model.transformer.blocks) for model in models[:2])
+
+    stock = layers()
+    assert stock == (3, 15)
+    assert layers(drafter="diagonal") == stock
+    assert layers(target="student") == (3, 3)
+    assert layers(target=folder / "diagonal" / "student", drafter="four-step") == (3, 3)
+    told = embedded.distilled(folder / "diagonal" / "student")
+    assert told.timesteps == preset("diagonal").timesteps
+    assert told[1:] == (False, True, 1.0)
+    used = embedded.parts("diagonal", "student")
+    assert {"diagonal/drafter", "diagonal/student", "vae"} < set(used)
+    assert {"drafter", "transformer"} < set(embedded.parts())
+    assert not set(embedded.parts()) & {"diagonal/drafter", "diagonal/student"}
+
+
+def test_distilled_models_that_are_not_there_are_named(tmp_path: Path) -> None:
+    folder = distilled_weights(tmp_path / "w")
+    for part in ("drafter", "target"):
+        with pytest.raises(ValueError, match=rf"^embedded: {part} must be one of .*, got 'x'"):
+            embedded.load(folder, **{part: "x"})
+    told = folder / "diagonal" / "student" / "distillation.json"
+    for text in ("", "[]", '{"timesteps": [[1000]]}', '{"timesteps": 3}'):
+        told.write_text(text)
+        with pytest.raises(ValueError, match="must say timesteps, clean_pass, forcing and flow"):
+            embedded.distilled(told.parent)
+    shutil.rmtree(folder / "diagonal")
+    missing = "diagonal/student/.*, which is missing; .*python -m sdvg.train.diagonal_distill"
+    with pytest.raises(ValueError, match=missing):
+        embedded.load(folder, target="student")
+    with pytest.raises(ValueError, match=r"distillation.json, which is missing"):
+        embedded.distilled(told.parent)
+
+
+@pytest.mark.parametrize("name", ["drafter", "student"])
+def test_shipped_distilled_models_are_of_the_released_schedule(name: str) -> None:
+    folder = embedded.WEIGHTS / "diagonal" / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} of Diagonal Distillation is shipped yet")
+    told = embedded.distilled(folder)
+    assert (told.timesteps, told.clean_pass) == tuple(vars(preset("diagonal")).values())[:2]
+    assert told.forcing
+    assert told.flow > 0
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,14 @@ class Judge(DigitClassifier):
         return judge.eval().requires_grad_(False)
 
 
-def quality(frames: Tensor, prompt: str, judge: Judge | None = None, *, stride: int = 1) -> Quality:
+def quality(
+    frames: Tensor,
+    prompt: str,
+    judge: Judge | None = None,
+    *,
+    stride: int = 1,
+    segment: bool = False,
+) -> Quality:
     """Does the video show the digit that was asked for, legible in every frame, moving as asked?
 
     - legibility: mean over frames of the judge's probability of the asked class (of any class, if
@@ -65,6 +73,10 @@ def quality(frames: Tensor, prompt: str, judge: Judge | None = None, *, stride: 
         prompt: what was asked for.
         judge: the classifier; the shipped one by default.
         stride: how many frames of the asked speed lie from one frame to the next.
+        segment: the frames are a part of a longer video. The path goes on from the part's own first
+            frame; as walls may have turned it by then, each component of the asked velocity may
+            have either sign, and the best choice counts. Marks of parts are to be compared with
+            each other, the first part's included, not with those of whole videos.
 
     Raises:
         ValueError: frames of another shape.
@@ -82,19 +94,22 @@ def quality(frames: Tensor, prompt: str, judge: Judge | None = None, *, stride: 
         legibility = float(probability.amax(-1).mean())
     else:
         legibility = float(probability[:, request.digit].mean())
-    motion = _motion(centroids(grey), request, stride)
+    motion = _motion(centroids(grey), request, stride, segment)
     return Quality(legibility * (1 + motion) / 2, legibility, motion)
 
 
-def _motion(measured: Tensor, request: Request, stride: int) -> float:
-    ways = [request.direction] if request.direction else list(DIRECTIONS)
+def _motion(measured: Tensor, request: Request, stride: int, segment: bool) -> float:
+    ways = [DIRECTIONS[request.direction]] if request.direction else list(DIRECTIONS.values())
+    if segment:
+        turned = product(ways, (1, -1), (1, -1))
+        ways = list(dict.fromkeys((x * across, y * along) for (x, y), across, along in turned))
     paces = [request.speed] if request.speed else list(SPEEDS)
     t = stride * torch.arange(len(measured), dtype=torch.float32)[:, None]
     low, span = WALLS[0], WALLS[1] - WALLS[0]
     best = 0.0
     for way in ways:
         for pace in paces:
-            free = measured[0] + t * SPEEDS[pace] * torch.tensor(DIRECTIONS[way])
+            free = measured[0] + t * SPEEDS[pace] * torch.tensor(way)
             path = low + span - ((free - low).remainder(2 * span) - span).abs()
             miss = (measured - path).norm(dim=1)
             best = max(best, float((1 - (miss - 2) / 6).clamp(0, 1).mean()))
