@@ -2,18 +2,28 @@
 
     slot(t) = t                              if t < sink
             = sink + (t - sink) % (S - sink) otherwise
-    out[i]  = softmax(scale * q[i] K^T + bias) V   over the logical tokens that row i sees
+    p[i]    = softmax(scale * q[i] K^T + bias)   over the logical tokens that row i sees
+    out[i]  = p[i] V
+
+and its gradients, with dx for the gradient of the logits (FlashAttention-2, arXiv 2307.08691,
+section 3.1.2; lse[i] adds its own to every logit by p[i]):
+
+    dx = p (dout V^T - rowsum(dout out) + dlse)    dq = scale dx K    dk = scale dx^T q
+    dv = p^T dout
 
 Arithmetic is float32, and float64 for float64 input. On CUDA nothing is read back from the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-# rows are chunked so that no tensor of logits has more elements than this (float32: 256 MB)
-_MAX_LOGITS = 1 << 26
+# logits at a time: on a CPU what its cache holds (float32: 4 MB), else what memory does (256 MB)
+_CPU_LOGITS, _MOST_LOGITS = 1 << 20, 1 << 26
 
 
 def block_causal_attention(
@@ -34,12 +44,13 @@ def block_causal_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] float32 ([0] if unasked).
+    """Return out [B, T, H, D] in query's dtype, and lse [B, H, T] ([0] if unasked).
 
     With scales [Bc, S, Hk], K and V are e4m3, and every value counts times its row's scale.
     """
     batch, rows, heads, _ = query.shape
-    lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=torch.float32)
+    dtype = _wide(query)
+    lse = query.new_empty((batch, heads, rows) if return_lse else (0,), dtype=dtype)
     if query.numel() == 0:
         return torch.empty_like(query, memory_format=torch.contiguous_format), lse
     if k_scale is not None and v_scale is not None:
@@ -50,47 +61,223 @@ def block_causal_attention(
     if cache_batch_idx is not None:
         k_cache = k_cache.index_select(0, cache_batch_idx)
         v_cache = v_cache.index_select(0, cache_batch_idx)
-    block_size = rows if block_size is None else min(block_size, rows)
-    ring = k_cache.shape[1] - sink
 
-    if query.device.type == "cpu":
-        # reading CPU memory is free: drop the slots that nobody has written, or mask nothing at all
+    if query.device.type == "cpu" and bias is None and not return_lse:
+        # reading CPU memory is free: mask nothing at all
         lengths = cache_seqlens.tolist()
-        one_length = block_size == rows and len(set(lengths)) == 1 and lengths[0] >= rows
-        if one_length and bias is None and not return_lse:
+        one_block = block_size is None or block_size >= rows
+        if one_block and len(set(lengths)) == 1 and lengths[0] >= rows:
             return _unmasked(query, k_cache, v_cache, lengths[0], sink, window, softmax_scale), lse
-        if max(lengths) < k_cache.shape[1]:
-            used = max(max(lengths), 1)
-            k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
 
-    token, begin, sees = seen_slots(
-        cache_seqlens, rows, k_cache.shape[1], ring, block_size, sink, window
+    problem = _Problem.of(
+        query,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_size,
+        sink,
+        window,
+        bias,
+        bias_start,
+        bias_stop,
     )
-    dtype = _wide(query)
-    # 0 x NaN is NaN: the values that no row sees are zeroed, not only their weights
-    value = v_cache.to(dtype).masked_fill(~sees.any(1)[:, :, None, None], 0)
-    # [B, Hk, 1, D, S], [B, Hk, 1, S, D], [B, Hk, H / Hk, T, D]
-    key = k_cache.to(dtype).permute(0, 2, 3, 1)[:, :, None]
-    value = value.transpose(1, 2)[:, :, None]
-    grouped = query.to(dtype).unflatten(2, (k_cache.shape[2], -1)).permute(0, 2, 3, 1, 4)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-
-    chunk = max(1, _MAX_LOGITS // (batch * heads * token.shape[-1]))
-    for first in range(0, rows, chunk):
-        part = slice(first, first + chunk)
-        logits = (grouped[..., part, :] * softmax_scale) @ key
-        if bias is not None:
-            stop = begin[:, part] if bias_stop is None else bias_stop
-            biased = ((token >= bias_start) & (token < stop))[:, None, None]
-            logits = torch.where(biased, logits + bias, logits)
-        logits = logits.masked_fill(~sees[:, None, None, part], -torch.inf)
-        # the softmax of a row that sees nothing is 0 / 0
-        blind = ~sees[:, None, None, part].any(-1, keepdim=True)
-        weights = logits.softmax(-1).masked_fill(blind, 0)
-        out[:, part] = (weights @ value).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    for part, _, _, value, logits in problem.parts(softmax_scale):
+        # a row that sees nothing: -inf - -inf is NaN
+        top = logits.amax(-1, keepdim=True)
+        top = top.masked_fill_(top == -torch.inf, 0)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        part.write(out, (weights @ value).div_(total.masked_fill(total == 0, 1)))
         if return_lse:
-            lse[..., part] = logits.logsumexp(-1).flatten(1, 2)
+            part.write(lse.transpose(1, 2)[..., None], total.log_().add_(top))
     return out, lse
+
+
+def block_causal_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    block_size: int | None,
+    sink: int,
+    window: int | None,
+    softmax_scale: float,
+    bias: float | None,
+    bias_start: int,
+    bias_stop: int | None,
+    need_query: bool,
+    need_cache: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, k_cache and v_cache in their dtype ([0] where not needed).
+
+    Args:
+        grad_out, grad_lse: the gradients of `out` and `lse`.
+        out, lse: what the forward returned.
+
+    Rows that see no key take and give nothing, whatever their gradients are.
+    """
+    dtype = _wide(query)
+    grad_query = query.new_empty(query.shape if need_query else (0,))
+    shape, make = (k_cache.shape, torch.zeros) if need_cache else ((0,), torch.empty)
+    grad_key, grad_value = (make(shape, dtype=dtype, device=query.device) for _ in range(2))
+    if query.numel() > 0:
+        problem = _Problem.of(
+            query,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            block_size,
+            sink,
+            window,
+            bias,
+            bias_start,
+            bias_stop,
+        )
+        held = slice(problem.key.shape[1])
+        # [B, T, H, 1]
+        lse = lse.transpose(1, 2)[..., None]
+        blind = lse == -torch.inf
+        lse = lse.masked_fill(blind, 0)
+        if query.device.type != "cpu" or blind.any():
+            grad_out = grad_out.masked_fill(blind, 0)
+        delta = (grad_out.to(dtype) * out).sum(-1, keepdim=True)
+        delta -= grad_lse.transpose(1, 2)[..., None].masked_fill(blind, 0)
+        for part, query_rows, key, value, logits in problem.parts(softmax_scale):
+            grad_rows = part.read(grad_out)
+            weights = logits.sub_(part.read(lse)).exp_()
+            if need_cache:
+                part.slots(grad_value[:, held]).add_(weights.mT @ grad_rows)
+            grad_logits = (grad_rows @ value.mT).sub_(part.read(delta)).mul_(weights)
+            if need_query:
+                part.write(grad_query, (grad_logits @ key).mul_(softmax_scale))
+            if need_cache:
+                # the rows of the query are scaled already
+                part.slots(grad_key[:, held]).add_(grad_logits.mT @ query_rows)
+    return grad_query, grad_key.to(query.dtype), grad_value.to(query.dtype)
+
+
+class _Part(NamedTuple):
+    """A run of sequences, of heads of the cache, and of query tokens."""
+
+    sequences: slice
+    cached: slice
+    tokens: slice
+    # query heads that share a head of the cache; the arithmetic's dtype
+    group: int
+    dtype: torch.dtype
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part's rows of x [B, T, H, D], [b, h, t * group, D] in the wide dtype."""
+        heads = slice(self.cached.start * self.group, self.cached.stop * self.group)
+        x = x[self.sequences, self.tokens, heads].unflatten(2, (-1, self.group))
+        return x.permute(0, 2, 1, 3, 4).flatten(2, 3).to(self.dtype)
+
+    def write(self, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write what `read` reads."""
+        heads = slice(self.cached.start * self.group, self.cached.stop * self.group)
+        rows = rows.unflatten(2, (-1, self.group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        x[self.sequences, self.tokens, heads] = rows
+
+    def slots(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part [b, h, S, D] of a cache x [B, S, Hk, D], a view."""
+        return x[self.sequences, :, self.cached].transpose(1, 2)
+
+
+class _Problem(NamedTuple):
+    """Query and caches, and which slots a row sees, [B, T, S], or [1, T, S] for all sequences."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    unseen: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        block_size: int | None,
+        sink: int,
+        window: int | None,
+        bias: float | None,
+        bias_start: int,
+        bias_stop: int | None,
+    ) -> _Problem:
+        """Return the problem, of the first slots that hold all; what no row sees is 0 in it."""
+        rows = query.shape[1]
+        on_cpu = query.device.type == "cpu"
+        ring = k_cache.shape[1] - sink
+        if on_cpu:
+            # reading CPU memory is free: one mask where all sequences are of one length, and none
+            # of the slots that nobody has written
+            lengths = cache_seqlens.tolist()
+            if len(set(lengths)) == 1:
+                cache_seqlens = cache_seqlens[:1]
+            held = max(max(lengths), 1)
+            k_cache, v_cache = k_cache[:, :held], v_cache[:, :held]
+        token, begin, sees = seen_slots(
+            cache_seqlens,
+            rows,
+            k_cache.shape[1],
+            ring,
+            rows if block_size is None else min(block_size, rows),
+            sink,
+            window,
+        )
+        added = None
+        if bias is not None:
+            biased = (token >= bias_start) & (token < (begin if bias_stop is None else bias_stop))
+            added = biased.to(_wide(query)) * bias
+        # 0 x NaN is NaN: what no row sees is zeroed, not only its weights
+        unused = ~sees.any(1)[:, :, None, None]
+        if not on_cpu or unused.any():
+            k_cache, v_cache = (cache.masked_fill(unused, 0) for cache in (k_cache, v_cache))
+        return cls(query, k_cache, v_cache, ~sees, added)
+
+    def parts(
+        self, softmax_scale: float
+    ) -> Iterator[tuple[_Part, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield parts: (part, scaled query [b, h, rows, D], key, value [b, h, S, D], logits).
+
+        A row is a token's head, of those that share a head of the cache. Logits [b, h, rows, S] are
+        -inf where it does not see the key.
+        """
+        batch, tokens, heads, _ = self.query.shape
+        slots, cached = self.key.shape[1:3]
+        group = heads // cached
+        on_cpu = self.query.device.type == "cpu"
+        # a head of a CPU's part is read in place: no copy brings heads in front of tokens
+        together = 1 if on_cpu else cached
+        most = (_CPU_LOGITS if on_cpu else _MOST_LOGITS) // (together * group * slots)
+        count, run = max(1, most // tokens), max(1, min(tokens, most))
+        for b in range(0, batch, count):
+            for h in range(0, cached, together):
+                sequences, of_cache = slice(b, b + count), slice(h, h + together)
+                part = _Part(sequences, of_cache, slice(0, tokens), group, _wide(self.query))
+                key, value = (part.slots(x).to(part.dtype) for x in (self.key, self.value))
+                for t in range(0, tokens, run):
+                    part = part._replace(tokens=slice(t, t + run))
+                    query = part.read(self.query) * softmax_scale
+                    logits = query @ key.mT
+                    if self.bias is not None:
+                        logits.add_(self._rows(self.bias, part))
+                    logits.masked_fill_(self._rows(self.unseen, part), -torch.inf)
+                    yield part, query, key, value, logits
+
+    @staticmethod
+    def _rows(mask: torch.Tensor, part: _Part) -> torch.Tensor:
+        """Return the part's rows [b or 1, 1, t * group, S] of a mask."""
+        mask = mask[part.sequences if len(mask) > 1 else slice(None), part.tokens]
+        return (mask if part.group == 1 else mask.repeat_interleave(part.group, 1))[:, None]
 
 
 def seen_slots(
