@@ -24,6 +24,8 @@ import torch.nn.functional as F
 
 # logits at a time: on a CPU what its cache holds (float32: 4 MB), else what memory does (256 MB)
 _CPU_LOGITS, _MOST_LOGITS = 1 << 20, 1 << 26
+# rows of blocks that are computed over the keys of all of them
+_CPU_ROWS = 32
 
 
 def block_causal_attention(
@@ -139,7 +141,6 @@ def block_causal_attention_backward(
             bias_start,
             bias_stop,
         )
-        held = slice(problem.key.shape[1])
         # [B, T, H, 1]
         lse = lse.transpose(1, 2)[..., None]
         blind = lse == -torch.inf
@@ -152,22 +153,23 @@ def block_causal_attention_backward(
             grad_rows = part.read(grad_out)
             weights = logits.sub_(part.read(lse)).exp_()
             if need_cache:
-                part.slots(grad_value[:, held]).add_(weights.mT @ grad_rows)
+                part.slots(grad_value).add_(weights.mT @ grad_rows)
             grad_logits = (grad_rows @ value.mT).sub_(part.read(delta)).mul_(weights)
             if need_query:
                 part.write(grad_query, (grad_logits @ key).mul_(softmax_scale))
             if need_cache:
                 # the rows of the query are scaled already
-                part.slots(grad_key[:, held]).add_(grad_logits.mT @ query_rows)
+                part.slots(grad_key).add_(grad_logits.mT @ query_rows)
     return grad_query, grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
 class _Part(NamedTuple):
-    """A run of sequences, of heads of the cache, and of query tokens."""
+    """Runs of sequences, of heads of the cache, of query tokens, and of slots."""
 
     sequences: slice
     cached: slice
     tokens: slice
+    held: slice
     # query heads that share a head of the cache; the arithmetic's dtype
     group: int
     dtype: torch.dtype
@@ -185,8 +187,13 @@ class _Part(NamedTuple):
         x[self.sequences, self.tokens, heads] = rows
 
     def slots(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the part [b, h, S, D] of a cache x [B, S, Hk, D], a view."""
-        return x[self.sequences, :, self.cached].transpose(1, 2)
+        """Return the part's keys of x [B, S, Hk, D], [b, h, s, D], a view."""
+        return x[self.sequences, self.held, self.cached].transpose(1, 2)
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part's logits of x [B or 1, T, S], [b or 1, 1, t * group, s]."""
+        x = x[self.sequences if len(x) > 1 else slice(None), self.tokens, self.held]
+        return (x if self.group == 1 else x.repeat_interleave(self.group, 1))[:, None]
 
 
 class _Problem(NamedTuple):
@@ -197,6 +204,7 @@ class _Problem(NamedTuple):
     value: torch.Tensor
     unseen: torch.Tensor
     bias: torch.Tensor | None
+    block_size: int
 
     @classmethod
     def of(
@@ -212,26 +220,15 @@ class _Problem(NamedTuple):
         bias_start: int,
         bias_stop: int | None,
     ) -> _Problem:
-        """Return the problem, of the first slots that hold all; what no row sees is 0 in it."""
-        rows = query.shape[1]
+        """Return the problem; keys and values that no row sees are 0 in it."""
+        rows, slots = query.shape[1], k_cache.shape[1]
+        block_size = rows if block_size is None else min(block_size, rows)
         on_cpu = query.device.type == "cpu"
-        ring = k_cache.shape[1] - sink
-        if on_cpu:
-            # reading CPU memory is free: one mask where all sequences are of one length, and none
-            # of the slots that nobody has written
-            lengths = cache_seqlens.tolist()
-            if len(set(lengths)) == 1:
-                cache_seqlens = cache_seqlens[:1]
-            held = max(max(lengths), 1)
-            k_cache, v_cache = k_cache[:, :held], v_cache[:, :held]
+        # reading CPU memory is free: one mask where all sequences are of one length
+        if on_cpu and len(set(cache_seqlens.tolist())) == 1:
+            cache_seqlens = cache_seqlens[:1]
         token, begin, sees = seen_slots(
-            cache_seqlens,
-            rows,
-            k_cache.shape[1],
-            ring,
-            rows if block_size is None else min(block_size, rows),
-            sink,
-            window,
+            cache_seqlens, rows, slots, slots - sink, block_size, sink, window
         )
         added = None
         if bias is not None:
@@ -241,43 +238,48 @@ class _Problem(NamedTuple):
         unused = ~sees.any(1)[:, :, None, None]
         if not on_cpu or unused.any():
             k_cache, v_cache = (cache.masked_fill(unused, 0) for cache in (k_cache, v_cache))
-        return cls(query, k_cache, v_cache, ~sees, added)
+        return cls(query, k_cache, v_cache, ~sees, added, block_size)
 
     def parts(
         self, softmax_scale: float
     ) -> Iterator[tuple[_Part, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield parts: (part, scaled query [b, h, rows, D], key, value [b, h, S, D], logits).
+        """Yield parts: (part, scaled query [b, h, rows, D], key, value [b, h, s, D], logits).
 
-        A row is a token's head, of those that share a head of the cache. Logits [b, h, rows, S] are
+        A row is a token's head, of those that share a head of the cache. Logits [b, h, rows, s] are
         -inf where it does not see the key.
         """
         batch, tokens, heads, _ = self.query.shape
         slots, cached = self.key.shape[1:3]
-        group = heads // cached
+        group, dtype = heads // cached, _wide(self.query)
         on_cpu = self.query.device.type == "cpu"
         # a head of a CPU's part is read in place: no copy brings heads in front of tokens
         together = 1 if on_cpu else cached
-        most = (_CPU_LOGITS if on_cpu else _MOST_LOGITS) // (together * group * slots)
-        count, run = max(1, most // tokens), max(1, min(tokens, most))
-        for b in range(0, batch, count):
-            for h in range(0, cached, together):
-                sequences, of_cache = slice(b, b + count), slice(h, h + together)
-                part = _Part(sequences, of_cache, slice(0, tokens), group, _wide(self.query))
-                key, value = (part.slots(x).to(part.dtype) for x in (self.key, self.value))
-                for t in range(0, tokens, run):
-                    part = part._replace(tokens=slice(t, t + run))
+        most = max(1, (_CPU_LOGITS if on_cpu else _MOST_LOGITS) // (together * group))
+        run = max(1, min(tokens, most // slots))
+        if on_cpu and self.block_size < run:
+            # whole blocks, which see the same keys, but no slivers of rows
+            run = min(run, self.block_size * -(-_CPU_ROWS // self.block_size))
+        for t in range(0, tokens, run):
+            held = self._held(slice(t, t + run))
+            count = max(1, most // (run * (held.stop - held.start)))
+            for b in range(0, batch, count):
+                for h in range(0, cached, together):
+                    few, kept = slice(b, b + count), slice(h, h + together)
+                    part = _Part(few, kept, slice(t, t + run), held, group, dtype)
+                    key, value = (part.slots(x).to(dtype) for x in (self.key, self.value))
                     query = part.read(self.query) * softmax_scale
                     logits = query @ key.mT
                     if self.bias is not None:
-                        logits.add_(self._rows(self.bias, part))
-                    logits.masked_fill_(self._rows(self.unseen, part), -torch.inf)
+                        logits.add_(part.mask(self.bias))
+                    logits.masked_fill_(part.mask(self.unseen), -torch.inf)
                     yield part, query, key, value, logits
 
-    @staticmethod
-    def _rows(mask: torch.Tensor, part: _Part) -> torch.Tensor:
-        """Return the part's rows [b or 1, 1, t * group, S] of a mask."""
-        mask = mask[part.sequences if len(mask) > 1 else slice(None), part.tokens]
-        return (mask if part.group == 1 else mask.repeat_interleave(part.group, 1))[:, None]
+    def _held(self, tokens: slice) -> slice:
+        """Return the slots from the first that a row of `tokens` sees to the last, one at least."""
+        if self.query.device.type != "cpu":
+            return slice(0, self.key.shape[1])
+        seen = (~self.unseen[:, tokens]).any(0).any(0).nonzero().flatten().tolist() or [0]
+        return slice(seen[0], seen[-1] + 1)
 
 
 def seen_slots(
@@ -289,10 +291,7 @@ def seen_slots(
     sink: int,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each slot's token [B, 1, S], each row's block's first [B, T, 1], who sees [B, T, S].
-
-    `ring` is how many slots the ring has; `slots`, the first ones of the cache, may be fewer.
-    """
+    """Return each slot's token [B, 1, S], each row's block's first [B, T, 1], and who sees whom."""
     device = cache_seqlens.device
     # a slot never written gets a token that no row sees
     slot = torch.arange(slots, device=device)
