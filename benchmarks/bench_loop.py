@@ -172,7 +172,7 @@ def _block(bench: Bench, size: str, role: str, *, fp8: bool = False) -> Case:
     start = cached.catch_up(3, None, past, clock)
 
     def run() -> Tensor:
-        made = cached.denoise(3, None, start, 0, (0,))
+        made = cached.denoise(3, None, start)
         model.write(made, start_frame=start)
         return made
 

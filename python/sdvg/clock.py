@@ -25,7 +25,8 @@ class Clock:
     Attributes:
         seconds: stage -> seconds of the work that is known to be done; stages on different streams
             may overlap.
-        units: stage -> how many (sequence, block) pairs that stage worked on.
+        units: stage -> how many (sequence, block) pairs that stage worked on; for the target, how
+            many steps of such pairs.
         total: wall-clock seconds of the blocks, also of one that was interrupted.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ class CachedModel:
     """A model, and how much of each sequence its cache holds.
 
     Blocks have places in the cache. A block's place is its index, until `restart` leaves out the
-    oldest ones but the sink: what follows moves up.
+    oldest ones but the sink: what follows moves up. `seed` and `sequences` key the noise.
     """
 
     def __init__(
@@ -65,8 +66,13 @@ class CachedModel:
         prompts: Sequence[str],
         policy: str | Recompute = "lazy",
         stage: str = "commit",
+        *,
+        seed: int | Sequence[int] = 0,
+        sequences: Sequence[int] | None = None,
     ) -> None:
         self.model, self.schedule, self.policy = model, schedule, policy
+        self._seed = seed
+        self._sequences = range(len(prompts)) if sequences is None else sequences
         # the stage that its clean passes are timed as
         self.stage = stage
         # places in the cache that are filled, for each sequence
@@ -100,65 +106,43 @@ class CachedModel:
     ) -> int:
         """Bring the cache of `rows` up to block `index`; return the frame where that block sits.
 
-        All pending blocks of a sequence go through the model in one multi-block clean pass. Those
-        that can no longer change what `index` sees, through any number of layers, are left out.
+        All pending blocks of a sequence go through the model in one multi-block pass: a clean one,
+        or one at the schedule's `context`. Those that can no longer change what `index` sees,
+        through any number of layers, are left out.
         """
         self._require_held()
         size, _, _, _ = self.model.block_shape
         if isinstance(self.policy, Recompute):
-            first = max(0, index - math.ceil(self.policy.frames / size))
-            if first == index:
-                return 0
-            context = self._join(blocks, range(first, index))[:, -self.policy.frames :]
-            self._write(context, 0, rows, 1, clock, index)
-            return context.shape[1]
+            order = range(max(0, index - math.ceil(self.policy.frames / size)), index)
+            self._write(blocks, order, 0, rows, clock, index)
+            return len(order) * size
         order = [block for block in range(index) if block not in self._left_out]
         place = len(order)
         members = range(len(self.written)) if rows is None else rows.members
         for written in sorted({self.written[row] for row in members}):
             group = [row for row in members if self.written[row] == written]
+            some = None if len(group) == len(self.written) else Rows(group)
             for first, last in self._pending(written, place):
-                clean = self._join(blocks, order[first:last])
-                some = None if len(group) == len(self.written) else Rows(group)
-                self._write(clean, first * size, some, last - first, clock, index)
+                self._write(blocks, order[first:last], first * size, some, clock, index)
             for row in group:
                 self.written[row] = max(written, place)
         return place * size
 
-    def denoise(
-        self,
-        index: int,
-        rows: Rows | None,
-        start_frame: int,
-        seed: int | Sequence[int],
-        sequences: tuple[int, ...],
-    ) -> Tensor:
+    def denoise(self, index: int, rows: Rows | None, start_frame: int) -> Tensor:
         """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise keyed by it."""
         self._require_held()
-        model, shape = self.model, self.model.block_shape
-        wide = torch.promote_types(model.dtype, torch.float32)
-        members = range(len(self.written)) if rows is None else rows.members
-        ids = tuple(sequences[row] for row in members)
-        seeds = seed if isinstance(seed, int) else tuple(seed[row] for row in members)
-        on = None if rows is None else rows.on(model.device)
-
-        def draw(step: int) -> Tensor:
-            drawn = noise.normal(shape, seed=seeds, sequences=ids, block=index, step=step)
-            return move(drawn.to(wide), model.device)
-
-        latents = draw(0)
+        model, on = self.model, None if rows is None else rows.on(self.model.device)
+        latents = self._noise(index, 0, rows)
         for step, timestep in enumerate(self.schedule.steps(index)):
-            sigma = noise_level(timestep)
             if step:
-                latents = (1 - sigma) * latents + sigma * draw(step)
+                latents = self._noised(latents, index, step, rows)
             # models know the level of every timestep but 0
-            level = {} if timestep else {"sigma": sigma}
+            level = {} if timestep else {"sigma": noise_level(timestep)}
             latents = model.denoise(latents, timestep, start_frame=start_frame, rows=on, **level)
         if not self.schedule.clean_pass and not isinstance(self.policy, Recompute):
             # the next block attends to the K/V of the last noisy step
             model.keep(start_frame=start_frame, rows=on)
-            for row in members:
-                self.written[row] = start_frame // shape[0] + 1
+            self._fill(rows, start_frame)
         return latents
 
     def forget(self, index: int, rows: Sequence[int]) -> None:
@@ -166,6 +150,26 @@ class CachedModel:
         place = index - len([block for block in self._left_out if block < index])
         for row in rows:
             self.written[row] = min(self.written[row], place)
+
+    def _fill(self, rows: Rows | None, start_frame: int) -> None:
+        """Count the block at `start_frame` as written."""
+        for row in range(len(self.written)) if rows is None else rows.members:
+            self.written[row] = start_frame // self.model.block_shape[0] + 1
+
+    def _noise(self, index: int, step: int, rows: Rows | None) -> Tensor:
+        """Return the noise of one step of block `index`, `[b, F, C, h, w]`."""
+        model, sequences = self.model, self._sequences
+        members = range(len(sequences)) if rows is None else rows.members
+        ids = tuple(sequences[row] for row in members)
+        seed = self._seed
+        seeds = seed if isinstance(seed, int) else tuple(seed[row] for row in members)
+        drawn = noise.normal(model.block_shape, seed=seeds, sequences=ids, block=index, step=step)
+        return move(drawn.to(torch.promote_types(model.dtype, torch.float32)), model.device)
+
+    def _noised(self, clean: Tensor, index: int, step: int, rows: Rows | None) -> Tensor:
+        """Return the input of a step of block `index` from what was predicted before it."""
+        sigma = noise_level(self.schedule.steps(index)[step])
+        return (1 - sigma) * clean + sigma * self._noise(index, step, rows)
 
     def _require_held(self) -> None:
         if _HOLDERS[self.model]() is not self:
@@ -189,24 +193,30 @@ class CachedModel:
 
     def _write(
         self,
-        clean: Tensor,
+        blocks: Sequence[Tensor] | Mapping[int, Tensor],
+        order: Sequence[int],
         start_frame: int,
         rows: Rows | None,
-        blocks: int,
         clock: Clock,
         index: int,
     ) -> None:
-        batch = len(self.written) if rows is None else len(rows)
-        model = self.model
-        on = None if rows is None else rows.on(model.device)
-        clean = clean if on is None else clean[on]
-        # as part of another stage they are no units of it
-        units = batch * blocks if self.stage == "commit" else 0
-        with clock.stage(self.stage, units, model.device, index):
-            model.write(clean, start_frame=start_frame, rows=on)
+        """Write the finished blocks `order` of `rows` at `start_frame`: a pass a noise level."""
+        model, on = self.model, None if rows is None else rows.on(self.model.device)
+        for timestep, group in itertools.groupby(order, self.schedule.context):
+            parts = [self._context(blocks[block], block, rows) for block in group]
+            # as part of another stage they are no units of it
+            units = len(parts) * len(parts[0]) if self.stage == "commit" else 0
+            # only models that run schedules without a clean pass need the argument
+            level = {} if self.schedule.clean_pass else {"timestep": timestep}
+            with clock.stage(self.stage, units, model.device, index):
+                model.write(torch.cat(parts, dim=1), start_frame=start_frame, rows=on, **level)
+            start_frame += len(parts) * model.block_shape[0]
 
-    def _join(
-        self, blocks: Sequence[Tensor] | Mapping[int, Tensor], order: Sequence[int]
-    ) -> Tensor:
+    def _context(self, clean: Tensor, index: int, rows: Rows | None) -> Tensor:
+        """Return what the K/V of block `index` are made of, `[b, F, C, h, w]`."""
         # given latents and drafts may lie on two devices
-        return torch.cat([move(blocks[block], self.model.device) for block in order], dim=1)
+        clean = move(clean, self.model.device)
+        clean = clean if rows is None else clean[rows.on(self.model.device)]
+        if self.schedule.clean_pass:
+            return clean
+        return self._noised(clean, index, len(self.schedule.steps(index)) - 1, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from sdvg.clock import Clock
 from sdvg.commit import CachedModel, Recompute, policy
 from sdvg.host import Rows, device_of, move, read, side_stream
+from sdvg.request import check_count, check_prompts, keys, split
 from sdvg.router import Reward
 from sdvg.schedule import Schedule, preset
 from sdvg.types import (
@@ -173,21 +175,15 @@ class Generation(Iterator[Block]):
         sequences: Sequence[int] | None,
         given: Tensor | None,
     ) -> None:
-        _check_prompts(prompts)
-        if not isinstance(num_blocks, int):
-            raise TypeError(f"sdvg: num_blocks must be an integer, got {num_blocks!r}")
-        if num_blocks < 1:
-            raise ValueError(f"sdvg: num_blocks must be at least 1, got {num_blocks}")
-        shared = isinstance(seed, int)
-        self.seed = seed if shared else _integers("seed", seed, len(prompts))
-        if sequences is None:
-            sequences = range(len(prompts)) if shared else (0,) * len(prompts)
-        self.sequences = _integers("sequences", sequences, len(prompts))
+        began = time.perf_counter()
+        check_prompts(prompts)
+        check_count(num_blocks)
+        self.seed, self.sequences = keys(seed, sequences, len(prompts))
         self.sdvg, self.prompts, self.num_blocks = sdvg, tuple(prompts), num_blocks
         self.latents: list[Tensor] = []
         self.verdicts: list[tuple[Verdict, ...]] = []
         # block -> clean latents that were given; to the drafter they are drafts of its own
-        self._given = self._split(given)
+        self._given = split(given, sdvg.target or sdvg.drafter, len(prompts), num_blocks)
         self._drafts = dict(self._given)
         # the scorer watches the last one
         self._decoders = [sdvg.decoder]
@@ -200,21 +196,27 @@ class Generation(Iterator[Block]):
         # (what to say, whether it was finite), on the devices until the host waits anyway
         self._asked: list[tuple[str, Tensor]] = []
         self._drafter = self._target = None
+        keyed = {"seed": self.seed, "sequences": self.sequences}
         if sdvg.drafter is not None:
             if sdvg.drafter.device.type == "cuda":
                 # drafts ahead of a video that was left may still be at work in the cache
                 torch.cuda.synchronize(sdvg.drafter.device)
             self._drafter = CachedModel(
-                sdvg.drafter, sdvg.drafter_schedule, self.prompts, stage="draft"
+                sdvg.drafter, sdvg.drafter_schedule, self.prompts, stage="draft", **keyed
             )
         if sdvg.target is not None:
-            self._target = CachedModel(sdvg.target, sdvg.schedule, self.prompts, sdvg.commit)
+            self._target = CachedModel(
+                sdvg.target, sdvg.schedule, self.prompts, sdvg.commit, **keyed
+            )
         # ahead of the verdicts the drafter runs on a stream of its own; an event for each draft
         self._stream: torch.cuda.Stream | None = None
         self._drawn: dict[int, torch.cuda.Event] = {}
         if sdvg.run_ahead and sdvg.drafter is not None and sdvg.drafter.device.type == "cuda":
             self._stream = side_stream(sdvg.drafter.device)
             self._stream.wait_stream(torch.cuda.current_stream(sdvg.drafter.device))
+        # prompts are encoded and caches made; then with the first block
+        self._started = time.perf_counter() - began
+        self._first_frames: float | None = None
 
     def __next__(self) -> Block:
         """Draft, decode, score and route one block; commit it or repair it.
@@ -225,7 +227,10 @@ class Generation(Iterator[Block]):
         if index == self.num_blocks:
             raise StopIteration
         with self._clock.running():
-            return self._make(index)
+            block = self._make(index)
+        if not index:
+            self._first_frames = self._started + self._clock.total
+        return block
 
     def _make(self, index: int) -> Block:
         sdvg, before = self.sdvg, self._states[index]
@@ -254,7 +259,7 @@ class Generation(Iterator[Block]):
         self._ask(frames, "decoder", "decode", index)
         self._read()
         if self._drafter is not None and sdvg.drafter_cache == "synced":
-            # without a clean pass its cache holds the draft that was rejected
+            # without a clean pass its cache holds the draft that was rejected: it is written anew
             self._drafter.forget(index, rejected.members)
 
         seconds = self._clock.end(index)
@@ -281,7 +286,7 @@ class Generation(Iterator[Block]):
 
         Raises as `SDVG.generate` does.
         """
-        _check_prompts(prompts)
+        check_prompts(prompts)
         if len(prompts) != len(self.prompts):
             raise ValueError(
                 f"sdvg: prompts must be one for each of {len(self.prompts)} sequences, "
@@ -310,16 +315,14 @@ class Generation(Iterator[Block]):
         clock = self._clock
         clock.finish(len(self.latents) - 1)
         decided = [v.accepted for row in self.verdicts for v in row if v.reason == "router"]
-        blocks, batch = len(self.latents), len(self.prompts)
         source = "measured"
         if target_only_seconds is None:
-            made = blocks - len([block for block in self._given if block < blocks])
-            target_only_seconds = self._predict_target_only(blocks * batch, made * batch)
+            target_only_seconds = self._predict_target_only()
             source = "predicted" if target_only_seconds is not None else "none"
         ratio = target_only_seconds / clock.total if target_only_seconds and clock.total else None
         return Stats(
-            blocks=blocks,
-            sequences=batch,
+            blocks=len(self.latents),
+            sequences=len(self.prompts),
             frames=self._frames,
             acceptance=sum(decided) / len(decided) if decided else None,
             total=clock.total,
@@ -327,21 +330,23 @@ class Generation(Iterator[Block]):
             fps=self._frames / clock.total if clock.total else 0.0,
             speedup=ratio,
             speedup_source=source,
+            first_frames=self._first_frames,
         )
 
-    def _predict_target_only(self, pairs: int, made: int) -> float | None:
-        seconds, units = self._clock.seconds, self._clock.units
+    def _predict_target_only(self) -> float | None:
+        seconds, units, sdvg = self._clock.seconds, self._clock.units, self.sdvg
         if not units["target"]:
             return None
-        target = seconds["target"] / units["target"]
+        blocks, batch = range(len(self.latents)), len(self.prompts)
+        steps = sum(len(sdvg.schedule.steps(block)) for block in blocks if block not in self._given)
+        passes = 0
+        if sdvg.schedule.clean_pass or isinstance(sdvg.commit, Recompute):
+            passes = len(blocks) - 1
+        step = seconds["target"] / units["target"]
         # before anything was committed, a clean pass counts as one denoising step
-        clean = target / len(self.sdvg.schedule.steps(0))
-        if units["commit"]:
-            clean = seconds["commit"] / units["commit"]
-        if not self.sdvg.schedule.clean_pass:
-            clean = 0.0
+        clean = seconds["commit"] / units["commit"] if units["commit"] else step
         decode = seconds["decode"] / units["decode"]
-        return made * target + pairs * decode + (pairs - len(self.prompts)) * clean
+        return batch * (steps * step + passes * clean + len(blocks) * decode)
 
     def _decide_early(self, index: int) -> tuple[Verdict, ...] | None:
         """Return the verdicts where no score is needed, else None."""
@@ -376,7 +381,7 @@ class Generation(Iterator[Block]):
                     continue
                 start = drafter.catch_up(ahead, None, blocks, self._clock)
                 with self._clock.stage("draft", batch, device, ahead):
-                    draft = drafter.denoise(ahead, None, start, self.seed, self.sequences)
+                    draft = drafter.denoise(ahead, None, start)
                 if self._stream is not None:
                     self._drawn[ahead] = self._stream.record_event()
                 self._drafts[ahead] = draft
@@ -394,9 +399,10 @@ class Generation(Iterator[Block]):
         """Return the target's block for `rows`, from the same noise as the draft."""
         target = self._target
         start = target.catch_up(index, rows, self.latents, self._clock)
-        batch = len(self.prompts) if rows is None else len(rows)
-        with self._clock.stage("target", batch, target.model.device, index):
-            latents = target.denoise(index, rows, start, self.seed, self.sequences)
+        # every step of a block counts: blocks differ in theirs
+        units = len(self.prompts if rows is None else rows) * len(self.sdvg.schedule.steps(index))
+        with self._clock.stage("target", units, target.model.device, index):
+            latents = target.denoise(index, rows, start)
         self._ask(latents, "target", "target", index)
         return latents
 
@@ -490,56 +496,12 @@ class Generation(Iterator[Block]):
                 raise RuntimeError(text)
         return values[: len(parts)]
 
-    def _split(self, given: Tensor | None) -> dict[int, Tensor]:
-        """Return the blocks of given latents, checked and where finished latents lie."""
-        if given is None:
-            return {}
-        model = self.sdvg.target or self.sdvg.drafter
-        size, *frame = model.block_shape
-        count, rest = divmod(given.shape[1] if given.dim() == 5 else 0, size)
-        if (
-            [given.shape[0], *given.shape[2:]] != [len(self.prompts), *frame]
-            or rest
-            or not 0 < count <= self.num_blocks
-        ):
-            shape = ", ".join(map(str, (len(self.prompts), f"n * {size}", *frame)))
-            raise ValueError(
-                f"sdvg: given must be clean latents [{shape}] of 1 to {self.num_blocks} blocks, "
-                f"got {list(given.shape)}"
-            )
-        wide = torch.promote_types(model.dtype, torch.float32)
-        return dict(enumerate(given.to(model.device, wide).split(size, dim=1)))
-
     @property
     def _device(self) -> torch.device:
         """Where finished latents lie: with the model that repairs."""
         return (self._target or self._drafter).model.device
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"sdvg: prompts must be a non-empty list of texts, got {prompts!r}")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise TypeError(f"sdvg: a prompt must be a text, got {prompt!r}")
-        if not prompt.strip():
-            raise ValueError(f"sdvg: a prompt must not be empty, got {prompt!r}")
-
-
 def needs_score(router: Router) -> bool:
     """Return whether `router` looks at rewards; a plain callable does."""
     return getattr(router, "needs_score", True)
-
-
-def _integers(name: str, values: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return one integer for each of `count` prompts, checked."""
-    listed = isinstance(values, Sequence) and not isinstance(values, str)
-    if not listed or not all(isinstance(value, int) for value in values):
-        raise TypeError(
-            f"sdvg: {name} must be an integer for each of {count} prompts, got {values!r}"
-        )
-    if len(values) != count:
-        raise ValueError(
-            f"sdvg: {name} must name one for each of {count} prompts, got {len(values)}"
-        )
-    return tuple(values)

@@ -29,7 +29,12 @@ class Schedule:
     """The timesteps of block 0, 1, ...; the last entry serves every later block.
 
     With `clean_pass=False` there is no forward at timestep 0 after a block: the next block attends
-    to the K/V that the last denoising step left.
+    to the K/V that the last denoising step left. A block that the model did not make itself (an
+    accepted draft, given latents, what a switch of prompts writes anew) has no such step: its
+    clean latents are noised as the input of that step would be, with that step's own noise, and go
+    through the model at its timestep. So what it attends to is always of the kind that it was
+    trained on; K/V of timestep 0 are of another. On the embedded target, blocks written so move
+    the next one by a tenth of its deviation, clean ones by about all of it.
 
     Raises ValueError for no block, no step, a timestep outside [0, 1000], steps that do not fall,
     or a step at 0 alone.

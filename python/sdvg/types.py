@@ -55,13 +55,18 @@ class Stats(NamedTuple):
     # how many times faster than target-only; None where there is nothing to compare with
     speedup: float | None
     # "measured": against a given target-only time; "predicted": from this run's own time per
-    # target block; "none"
+    # step of the target; "none"
     speedup_source: str
+    # from `generate` (prompts encoded, caches made) to the first block's decoded frames, without
+    # what the caller did between; None: there is none yet
+    first_frames: float | None = None
 
     def __str__(self) -> str:
         """Return a sentence, and a line with the seconds of each stage."""
         batch = f" of {self.sequences} videos" if self.sequences > 1 else ""
         parts = [f"{self.frames} frames{batch} in {self.total:.2f} s ({self.fps:.1f} frames/s)"]
+        if self.first_frames is not None:
+            parts.append(f"first frames after {self.first_frames:.2f} s")
         if self.acceptance is not None:
             parts.append(f"{self.acceptance:.0%} of the drafts kept")
         if self.speedup is not None:
@@ -107,8 +112,19 @@ class CausalModel(Protocol):
         same result.
         """
 
-    def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
-        """The clean pass: commit K/V of consecutive blocks of clean latents `[b, n F, C, h, w]`."""
+    def write(
+        self,
+        latents: Tensor,
+        *,
+        start_frame: int,
+        rows: Tensor | None = None,
+        timestep: float = 0.0,
+    ) -> None:
+        """The clean pass: commit K/V of consecutive blocks of clean latents `[b, n F, C, h, w]`.
+
+        At another `timestep` the latents are as noisy as it says: it is given where the schedule
+        has no clean pass, so only models that are to run such a schedule need the argument.
+        """
 
     def keep(self, *, start_frame: int, rows: Tensor | None = None) -> None:
         """Commit the K/V that the last `denoise` at `start_frame` staged, without a clean pass."""

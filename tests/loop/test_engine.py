@@ -51,7 +51,7 @@ class ConstantModel:
     ) -> Tensor:
         return torch.full_like(latents, self.value)
 
-    def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+    def write(self, latents: Tensor, *, start_frame: int, **rest: object) -> None:
         pass
 
     def keep(self, *, start_frame: int, rows: Tensor | None = None) -> None:
@@ -317,6 +317,41 @@ def test_the_drafters_clean_pass_does_not_dilute_the_predicted_speed_up() -> Non
     stats = run.summary()
     assert stats.stages["commit"] >= 0.04
     assert stats.speedup * stats.total >= 0.04
+
+
+def test_first_frames_are_timed_from_generate_without_the_callers_own_time() -> None:
+    class Slow(ConstantModel):
+        def start(self, prompts: Sequence[str]) -> None:
+            time.sleep(0.02)
+
+        def denoise(self, latents: Tensor, timestep: float, **rest: object) -> Tensor:
+            time.sleep(0.005)
+            return super().denoise(latents, timestep, **rest)
+
+    run = engine(Never(), drafter=None, target=Slow(0.75)).generate(["a"], num_blocks=3)
+    assert run.summary().first_frames is None
+    time.sleep(0.3)
+    next(run)
+    first = run.summary()
+    assert 0.04 <= first.first_frames < 0.25
+    assert f"first frames after {first.first_frames:.2f} s" in str(first)
+    list(run)
+    assert run.summary().first_frames == first.first_frames
+
+
+def test_the_predicted_speed_up_counts_the_steps_of_each_block() -> None:
+    """A first block of four steps once stood for all, where later ones have two."""
+
+    class Slow(ConstantModel):
+        def denoise(self, latents: Tensor, timestep: float, **rest: object) -> Tensor:
+            time.sleep(0.01)
+            return super().denoise(latents, timestep, **rest)
+
+    run = engine(Always(), target=Slow(0.75), schedule="diagonal").generate(["a"], num_blocks=6)
+    list(run)
+    stats = run.summary()
+    # 4 + 3 + 4 * 2 steps, of which the first block's four were run
+    assert 0.15 <= stats.speedup * stats.total < 0.21
 
 
 def test_summary_of_draft_only_has_nothing_to_compare_with() -> None:

@@ -217,10 +217,17 @@ class CausalWan:
         """Predict clean latents from noisy ones: `x_0 = x_t - sigma * v`, in float32 or wider."""
         return self._forward(latents, timestep, start_frame, rows, sigma)
 
-    def write(self, latents: Tensor, *, start_frame: int, rows: Tensor | None = None) -> None:
+    def write(
+        self,
+        latents: Tensor,
+        *,
+        start_frame: int,
+        rows: Tensor | None = None,
+        timestep: float = 0.0,
+    ) -> None:
         """The clean pass: forward at timestep 0 and commit, `write_blocks` blocks at a time."""
         for chunk in latents.split(self.write_blocks * self.block_shape[0], dim=1):
-            self._forward(chunk, 0.0, start_frame, rows)
+            self._forward(chunk, timestep, start_frame, rows)
             self._commit(start_frame, chunk.shape[1], rows)
             start_frame += chunk.shape[1]
 
