@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from sdvg import bench, env
+from sdvg import distill_sweep as distill
 from sdvg.commit import policy
 from sdvg.console import (
     Choice,
@@ -33,11 +34,12 @@ from sdvg.sweep import read as read_sweep
 from sdvg.sweep import sweep as run_sweep
 from sdvg.sweep import write as write_sweep
 from sdvg.token_cli import add_commands as add_token_commands
-from sdvg.types import Router
+from sdvg.types import CausalModel, Decoder, Router
 from sdvg.video import Aside
 
 if TYPE_CHECKING:
     from sdvg.models.embedded import EmbeddedPair
+    from sdvg.models.vae import StreamingVAE
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
@@ -169,6 +171,10 @@ def sweep(args: argparse.Namespace) -> int:
     """Reproduce the paper's Table 1: sweep.csv, table.md, Pareto plot; goes on where it stopped."""
     from sdvg.models import embedded
 
+    if args.table == "distill":
+        return sweep_distilled(args)
+    if args.students is not None:
+        raise ValueError(f"students: must come with --table distill, got {args.students}")
     choice = choose(args)
     grids = QUICK if args.quick else (THRESHOLDS, MEAN_THRESHOLDS, PROBABILITIES)
     asked = (args.thresholds, args.mean_thresholds, args.accept)
@@ -189,7 +195,7 @@ def sweep(args: argparse.Namespace) -> int:
         settings = {
             "weights": " ".join([digest(folder, *used), *outside]), **choice.told(),
             "commit": args.commit, "drafter cache": args.drafter_cache,
-            **_machine(args, pair),
+            **_machine(args, pair.decoder, pair.target.device),
         }  # fmt: skip
         rows = run_sweep(
             pair, embedded.quality, args.out, lines=lines, count=count, blocks=args.blocks,
@@ -203,6 +209,56 @@ def sweep(args: argparse.Namespace) -> int:
         print(*write_sweep(args.out, rows, lines, about, older), sep="\n")
     except KeyboardInterrupt:
         return interrupted_sweep(args.out / "videos.jsonl")
+    return 0
+
+
+def sweep_distilled(args: argparse.Namespace) -> int:
+    """Compare distilled models with their teacher: two tables and plots, frames side by side."""
+    from sdvg.models import embedded
+
+    routes = (
+        "schedule", "drafter", "target", "drafter_timesteps", "drafter_cache", "thresholds",
+        "mean_thresholds", "accept", "against",
+    )  # fmt: skip
+    for name in routes:
+        if (given := getattr(args, name)) is not None:
+            raise ValueError(f"{name}: must be left out for the table distill, got {given}")
+    folder = args.weights or embedded.WEIGHTS
+    lines, missing = distill.lines(folder, args.students or folder / "diagonal")
+    device = prepare(args)
+    count = (4 if args.quick else 100) if args.prompts is None else args.prompts
+    long, longest = min(count, 2 if args.quick else 40), 10 if args.quick else distill.LONG
+    _make_folder(args.out)
+
+    def models(line: distill.Line) -> tuple[CausalModel, Decoder]:
+        pair = embedded.load(
+            folder, target=line.folder or "teacher", device=device,
+            dtype=getattr(torch, args.dtype),
+        )  # fmt: skip
+        return pair.target, pair.decoder
+
+    try:
+        shared = [part for part in embedded.parts() if part not in embedded.DRAFTERS.values()]
+        settings = {
+            "weights": digest(folder, *shared), **_machine(args, models(lines[0])[1], device)
+        }  # fmt: skip
+        options = {"seed": args.seed, "settings": settings}
+        short = (models, embedded.quality, args.out)
+        videos = distill.collect(*short, lines, count=count, blocks=args.blocks, **options)
+        along = [line for line in lines if line.run in ("student", "no-forcing")]
+        along = [lines[0], *along]
+        found = distill.collect_long(*short, along, count=long, blocks=longest, **options)
+        about = (
+            f"{count} prompts, {args.blocks} blocks each, {long} of {longest} blocks, seed "
+            f"{args.seed}; " + ", ".join(f"{name} {value}" for name, value in settings.items())
+            + "; " + ", ".join(line.key for line in lines)
+            + ". Made by `sdvg sweep --table distill`."
+        )  # fmt: skip
+        rows = distill.summarise(videos, lines, count)
+        parts = distill.summarise_long(found, along, long)
+        print(*distill.write(args.out, rows, parts, videos, missing, about), sep="\n")
+    except KeyboardInterrupt:
+        return interrupted_sweep(args.out / "distill.jsonl")
     return 0
 
 
@@ -229,12 +285,14 @@ def _make_folder(out: Path) -> None:
         raise ValueError(f"output: {out} cannot be made: {error.strerror.lower()}") from error
 
 
-def _machine(args: argparse.Namespace, pair: EmbeddedPair) -> dict[str, object]:
+def _machine(
+    args: argparse.Namespace, decoder: StreamingVAE, device: torch.device | str
+) -> dict[str, object]:
     """Return what of the machine decides a result."""
     return {
         "dtype": args.dtype,
-        "decoder dtype": str(pair.decoder.dtype).removeprefix("torch."),
-        "machine": env.gpu() if pair.target.device.type == "cuda" else env.processor(),
+        "decoder dtype": str(decoder.dtype).removeprefix("torch."),
+        "machine": env.gpu() if torch.device(device).type == "cuda" else env.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -346,8 +404,13 @@ def parser() -> argparse.ArgumentParser:
 
     new = commands.add_parser("sweep", parents=[common, models], help="quality against speed")
     add = new.add_argument
+    add("--table", choices=("routes", "distill"), default="routes",
+        help="ways to route drafts, or what distilled models keep of their teacher")  # fmt: skip
+    add("--students", type=Path, metavar="FOLDER",
+        help="of the table distill: runs of sdvg.train.diagonal_distill, a folder each: "
+        f"{', '.join(distill.RUNS)}; default: the shipped student alone")  # fmt: skip
     add("--out", type=Path, default=Path("sweep"), metavar="FOLDER")
-    add("--prompts", type=int, help="default 100; with --quick 8")
+    add("--prompts", type=int, help="default 100; with --quick 8, of the table distill 4")
     add("--quick", action="store_true", help="few prompts and thresholds")
     add("--thresholds", type=float, nargs="+", metavar="TAU", help="of the worst frame")
     add("--mean-thresholds", type=float, nargs="+", metavar="TAU", help="of the mean frame")

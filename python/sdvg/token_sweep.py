@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ def collect(
         seconds = time.perf_counter() - began
         video = torch.cat([frame.frames for frame in shown])
         if n < PICTURED and length == frames:
-            _keep(folder, n, key, video)
+            keep_frames(folder, n, key, video)
         judged = judge(video, texts[n])
         judged = judged._asdict() if hasattr(judged, "_asdict") else {"value": judged.value}
         return {
@@ -264,26 +265,43 @@ def save(
     table: str,
     figure: Figure,
     lines: Sequence[Named],
-    pictured: int,
+    count: int,
 ) -> list[Path]:
     """Write NAME.csv, NAME.md, the plot and a picture; return their paths.
 
-    The picture has the frames of each line for the first `pictured` prompts, `PICTURED` at most.
+    The picture has the frames of each line for the first `count` prompts, `PICTURED` at most.
     """
     figures = {name: figure}
-    strips = _pictured(folder, lines, pictured)
+    strips = pictured(folder, lines, count)
     if strips is not None:
         figures[f"{name}-frames"] = strips
-    partial = {file: folder / f"{file}.partial" for file in (f"{name}.csv", f"{name}.md")}
-    with partial[f"{name}.csv"].open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(cells)
-    partial[f"{name}.md"].write_text(table, encoding="utf-8")
+    return write_files(folder, {name: cells}, {name: table}, figures)
+
+
+def write_files(
+    folder: Path,
+    tables: Mapping[str, Sequence[Sequence[str]]],
+    texts: Mapping[str, str],
+    figures: Mapping[str, Figure],
+) -> list[Path]:
+    """Write each of `tables` as NAME.csv, of `texts` as NAME.md, of `figures` as NAME.png and .svg.
+
+    All of them appear at once, or none does. Frames (a name that ends in `-frames`) are a .png
+    alone. Returns the paths.
+    """
+    named = [*(f"{name}.csv" for name in tables), *(f"{name}.md" for name in texts)]
+    partial = {file: folder / f"{file}.partial" for file in named}
+    for name, cells in tables.items():
+        with partial[f"{name}.csv"].open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(cells)
+    for name, text in texts.items():
+        partial[f"{name}.md"].write_text(text, encoding="utf-8")
     kinds = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
     for stem, made in figures.items():
         # frames are pixels: drawn as curves they are no sharper, and larger
-        for kind, options in kinds.items() if stem == name else [("png", kinds["png"])]:
+        for kind in ("png",) if stem.endswith("-frames") else kinds:
             partial[f"{stem}.{kind}"] = folder / f"{stem}.{kind}.partial"
-            made.savefig(partial[f"{stem}.{kind}"], format=kind, **options)
+            made.savefig(partial[f"{stem}.{kind}"], format=kind, **kinds[kind])
     for file, path in partial.items():
         os.replace(path, folder / file)
     return [folder / file for file in partial]
@@ -344,17 +362,17 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return require_plots()(figsize=size, layout="constrained")
 
 
-def _keep(folder: Path, n: int, key: str, video: Tensor) -> None:
-    """Keep a video's frames for the picture."""
+def keep_frames(folder: Path, n: int, key: str, video: Tensor) -> None:
+    """Keep a video's frames `[N, 3, H, W]` for the picture (`pictured`)."""
     (folder / "frames").mkdir(exist_ok=True)
     np.save(_kept(folder, n, key), pixels(video))
 
 
 def _kept(folder: Path, n: int, key: str) -> Path:
-    return folder / "frames" / f"{n}-{key.replace(' ', '-')}.npy"
+    return folder / "frames" / f"{n}-{re.sub('[ /]', '-', key)}.npy"
 
 
-def _pictured(folder: Path, lines: Sequence[Named], count: int) -> Figure | None:
+def pictured(folder: Path, lines: Sequence[Named], count: int) -> Figure | None:
     """Return frames of the first prompts, a line below the other; None where none are kept."""
     texts = prompts(count)
     strips = [
