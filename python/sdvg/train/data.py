@@ -72,6 +72,10 @@ class Motions:
     speed: torch.Tensor
     jitter: torch.Tensor
 
+    def take(self, chosen: torch.Tensor) -> Motions:
+        """The motions of the clips ``chosen``."""
+        return Motions(self.direction[chosen], self.speed[chosen], self.jitter[chosen])
+
     def centres(self, frames: int) -> torch.Tensor:
         """Centres ``[N, frames, 2]`` in pixels (x, y), reflected at the walls."""
         step = torch.tensor(list(DIRECTIONS.values()))[self.direction]

@@ -74,7 +74,7 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         _save(encoder.encoder, out / "text_encoder")
     elif stage in ("base", "target", "drafter"):
         clips = transformer.encode_clips(_vae(out), options.clips, options.runs)
-        data = (clips, _text(out), options.runs)
+        data = (clips, text_encoder(out), options.runs)
         if stage == "base":
             transformer.train(stage, *data, **common)
         else:
@@ -107,7 +107,7 @@ def _vae(out: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(out / "vae").float().eval()
 
 
-def _text(out: Path) -> TextEncoder:
+def text_encoder(out: Path) -> TextEncoder:
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     from sdvg.models.embedded.text import TextEncoder
@@ -127,7 +127,7 @@ def _drafts(out: Path, count: int = 40) -> tuple[torch.Tensor, list[str]]:
 
     drafter = WanTransformer3DModel.from_pretrained(out / "drafter")
     model = CausalWan(
-        drafter.float(), _text(out), height=4, width=4, sink_frames=3, window_frames=9
+        drafter.float(), text_encoder(out), height=4, width=4, sink_frames=3, window_frames=9
     )
     g = torch.Generator().manual_seed(8)
     motions = sample_motions(count, g)

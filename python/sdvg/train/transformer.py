@@ -1,31 +1,20 @@
 """Stages ``target`` and ``drafter``: flow matching with block-causal teacher forcing.
 
-One forward a clip: the stock transformer sees ``[clean latents | noisy latents]`` with repeated
-positions, a timestep for each token, and a mask under which noisy block ``b`` attends to itself
-and to what a KV cache would hold for it:
-
-    keys        clean 0 1 2 3 4     noisy 0 1 2 3 4        (sink = block 0, window = 3 blocks)
-    noisy 0           . . . . .           x . . . .
-    noisy 1           x . . . .           . x . . .
-    noisy 3           x x x . .           . . . x .
-    noisy 4           x . x x .           . . . . x
-    clean 4           x . x x x           . . . . .
+One forward a clip: noisy blocks beside clean ones, a timestep for each block (`BlockForward`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
+from sdvg.models.embedded import LATENT_SIZE, SINK_FRAMES, WINDOW_FRAMES
 from sdvg.models.embedded.prompts import Request
 from sdvg.models.embedded.text import TextEncoder
 from sdvg.train.autoencoder import encode, statistics
@@ -42,15 +31,13 @@ from sdvg.train.data import (
     to_video,
     write_prompt,
 )
+from sdvg.train.forcing import BlockForward
 from sdvg.train.loop import fit
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 STEPS = (1000.0, 937.5, 2500 / 3, 625.0)  # flow shift 5 of 1000, 750, 500, 250
-WINDOW_BLOCKS = 3
-GRID = 4  # latent height and width
-PATCH = 2  # latent pixels, height and width of a token
 SIZES = {
     "target": {"num_attention_heads": 3, "num_layers": 15, "ffn_dim": 768},
     # trained longest: the target is grown from it, the drafter is cut out of it
@@ -77,7 +64,7 @@ def build(name: str) -> WanTransformer3DModel:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        patch_size=(1, PATCH, PATCH), attention_head_dim=64, in_channels=16, out_channels=16,
+        patch_size=(1, 2, 2), attention_head_dim=64, in_channels=16, out_channels=16,
         text_dim=128, freq_dim=128, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
         rope_max_seq_len=256, **SIZES[name],
     )  # fmt: skip
@@ -106,109 +93,6 @@ def encode_clips(vae: AutoencoderKLWan, count: int, runs: Path, seed: int = 3) -
         torch.save(latents, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     return Clips(latents, motions, scans.labels[chosen], scans.style[chosen])
-
-
-def attention_mask(blocks: int, tokens: int) -> torch.Tensor:
-    """The mask drawn above, ``[2 T, 2 T]`` bool for ``T = blocks * tokens``; True may attend."""
-    b = torch.arange(blocks)
-    age = b[:, None] - b[None, :]
-    seen = (age >= 0) & ((age < WINDOW_BLOCKS) | (b[None, :] == 0))
-    itself = age == 0
-    rows = torch.cat(
-        (torch.cat((seen, torch.zeros_like(seen)), 1), torch.cat((seen & ~itself, itself), 1))
-    )
-    return rows.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-    return x * cos + turned * sin
-
-
-class TeacherForcing:
-    """The stock model's arithmetic, arranged for training, under the mask drawn above.
-
-    A timestep belongs to a block, so modulation is computed for each block and broadcast; the
-    stock forward would expand it to every token in float32, which on a CPU costs more than the
-    matrix products.
-    """
-
-    def __init__(self, model: WanTransformer3DModel, dtype: torch.dtype = torch.bfloat16) -> None:
-        frames = BLOCKS * FRAMES_PER_BLOCK
-        self.tokens = FRAMES_PER_BLOCK * (GRID // PATCH) ** 2
-        self.dtype = dtype
-        cos, sin = model.rope(torch.empty(1, 1, frames, GRID, GRID))
-        # [1, 1, 2 T, D], positions begin again at the noisy half; pairs of channels turn together
-        cos, sin = (part.repeat(1, 2, 1, 1).transpose(1, 2) for part in (cos, sin))
-        self.cos = cos[..., 0::2].repeat_interleave(2, -1).to(dtype)
-        self.sin = sin[..., 1::2].repeat_interleave(2, -1).to(dtype)
-        mask = attention_mask(BLOCKS, self.tokens)
-        self.bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -1e4)
-
-    def __call__(
-        self,
-        model: WanTransformer3DModel,
-        clean: torch.Tensor,
-        noisy: torch.Tensor,
-        sigma: torch.Tensor,
-        text: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predicted ``noise - x_0 [N, 16, 27, h, w]`` of the noisy half; ``sigma [N, 9]``."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            steps = torch.cat((torch.zeros_like(sigma), 1000 * sigma), 1)
-            x = model.patch_embedding(torch.cat((clean, noisy), 2)).float()
-            grid = x.shape[2:]
-            # [N, 2 blocks, tokens, dim]
-            x = x.flatten(2).transpose(1, 2).unflatten(1, (-1, self.tokens))
-            temb, modulation, text, _ = model.condition_embedder(
-                steps.flatten(), text, None, timestep_seq_len=steps.shape[1]
-            )
-            modulation = modulation.unflatten(2, (6, -1)).float()
-            for block in model.blocks:
-                x = self._block(block, x, text, block.scale_shift_table[0] + modulation)
-            shift, scale = (model.scale_shift_table + temb.float()[:, :, None]).split(1, 2)
-            out = model.proj_out(_norm(x) * (1 + scale) + shift).float()
-        out = out.flatten(1, 2).unflatten(1, grid).unflatten(-1, (PATCH, PATCH, -1))
-        out = out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-        return out[:, :, clean.shape[2] :]
-
-    def _block(
-        self, block: nn.Module, x: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor
-    ) -> torch.Tensor:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.split(1, 2)
-        attn = block.attn1
-        n = torch.addcmul(shift, _norm(x), 1 + scale).to(self.dtype).flatten(1, 2)
-        query, key = (
-            _rotate(_heads(attn, norm(project(n))), self.cos, self.sin)
-            for norm, project in ((_rms(attn.norm_q), attn.to_q), (_rms(attn.norm_k), attn.to_k))
-        )
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + self.bias
-        out = scores.softmax(-1).to(self.dtype) @ _heads(attn, attn.to_v(n))
-        x = torch.addcmul(
-            x, attn.to_out[0](out.transpose(1, 2).flatten(2)).view_as(x).float(), gate
-        )
-        attn = block.attn2
-        n = block.norm2(x).to(self.dtype).flatten(1, 2)
-        query = _heads(attn, _rms(attn.norm_q)(attn.to_q(n)))
-        key = _heads(attn, _rms(attn.norm_k)(attn.to_k(text)))
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        out = scores.softmax(-1).to(self.dtype) @ _heads(attn, attn.to_v(text))
-        x = x + attn.to_out[0](out.transpose(1, 2).flatten(2)).view_as(x)
-        n = torch.addcmul(ffn_shift, _norm(x), 1 + ffn_scale).to(self.dtype)
-        return torch.addcmul(x, block.ffn(n).float(), ffn_gate)
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def _rms(norm: nn.RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
-    # the weight in the input's dtype, or PyTorch leaves its fused kernel
-    return lambda x: F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
-
-
-def _heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -246,27 +130,15 @@ def train(
     """
     torch.manual_seed(seed)
     model = build(name)
-    velocity = TeacherForcing(model)
+    velocity = forward_of(model)
     if start is not None:
         (_grow if len(model.blocks) > len(start.blocks) else _cut)(model, start)
     frames = BLOCKS * FRAMES_PER_BLOCK
-    seen = torch.tensor([int(label) not in unseen for label in clips.labels]).nonzero()[:, 0]
+    seen = shown(clips, unseen)
 
     def loss(g: torch.Generator, step: int) -> dict[str, torch.Tensor]:
-        chosen = seen[torch.randint(len(seen), (batch,), generator=g)]
-        x0 = clips.latents[chosen].float()
-        motions = Motions(
-            *(getattr(clips.motions, k)[chosen] for k in ("direction", "speed", "jitter"))
-        )
-        labels = clips.labels[chosen]
-        requests, prompts = _prompts(labels, motions, g)
         sigma = _levels(batch, g)
-        noise = torch.randn(x0.shape, generator=g)
-        head = noise[:, :, :FRAMES_PER_BLOCK]
-        keyed = keyed_noise(head, motions, labels, clips.style[chosen], requests, g)
-        # below 0.9 the signal has decided the clip; a sampler's fresh noise there spells another
-        spelt = (sigma[:, 0] > 0.9)[:, None, None, None, None]
-        noise[:, :, :FRAMES_PER_BLOCK] = torch.where(spelt, keyed, head)
+        x0, noise, prompts = sample(clips, seen, sigma, g)
         s = sigma.repeat_interleave(FRAMES_PER_BLOCK, 1)[:, None, :, None, None]
         noisy = (1 - s) * x0 + s * noise
         embedded = text(prompts)
@@ -274,11 +146,11 @@ def train(
         context = x0 + amount * torch.randn(x0.shape, generator=g)
         if step >= steps // 2 and float(torch.rand((), generator=g)) < rates.own:
             with torch.no_grad():
-                guess = noisy - s * velocity(model, context, noisy, sigma, embedded)
+                guess = noisy - s * velocity(model, noisy, sigma, embedded, context=context)
             replaced = torch.rand(batch, BLOCKS, generator=g) < 0.7
             replaced = replaced.repeat_interleave(FRAMES_PER_BLOCK, 1)[:, None, :, None, None]
             context = torch.where(replaced, guess, context)
-        v = velocity(model, context, noisy, sigma, embedded)
+        v = velocity(model, noisy, sigma, embedded, context=context)
         error = (v - (noise - x0)).square().mean((1, 3, 4)).unflatten(1, (BLOCKS, -1)).mean(2)
         return {
             "loss": error.mean() + first_weight * error[:, 0].mean(),
@@ -287,6 +159,39 @@ def train(
         }
 
     return fit(name, model, loss, steps=steps, lr=lr, runs=runs, resume=resume, seed=seed, ema=0.99)
+
+
+def forward_of(model: WanTransformer3DModel, **options: object) -> BlockForward:
+    """The training forward of a whole clip with the embedded pair's sizes."""
+    return BlockForward(
+        model, blocks=BLOCKS, frames=FRAMES_PER_BLOCK, height=LATENT_SIZE, width=LATENT_SIZE,
+        window_frames=WINDOW_FRAMES, sink_frames=SINK_FRAMES, **options,
+    )  # fmt: skip
+
+
+def shown(clips: Clips, unseen: tuple[int, ...]) -> torch.Tensor:
+    """Which clips show none of the digits ``unseen``, int64."""
+    return torch.tensor([int(label) not in unseen for label in clips.labels]).nonzero()[:, 0]
+
+
+def sample(
+    clips: Clips, seen: torch.Tensor, sigma: torch.Tensor, g: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Clean latents, noise for the levels ``sigma [N, blocks]``, and prompts of N random clips.
+
+    Where block 0 is nearly all noise, its noise spells what the prompt leaves open.
+    """
+    chosen = seen[torch.randint(len(seen), (len(sigma),), generator=g)]
+    x0 = clips.latents[chosen].float()
+    motions, labels = clips.motions.take(chosen), clips.labels[chosen]
+    requests, prompts = write_prompts(labels, motions, g)
+    noise = torch.randn(x0.shape, generator=g)
+    head = noise[:, :, :FRAMES_PER_BLOCK]
+    keyed = keyed_noise(head, motions, labels, clips.style[chosen], requests, g)
+    # below 0.9 the signal has decided the clip; a sampler's fresh noise there spells another
+    spelt = (sigma[:, 0] > 0.9)[:, None, None, None, None]
+    noise[:, :, :FRAMES_PER_BLOCK] = torch.where(spelt, keyed, head)
+    return x0, noise, prompts
 
 
 def load_base(runs: Path) -> WanTransformer3DModel:
@@ -340,9 +245,10 @@ def _levels(n: int, g: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(n, BLOCKS, generator=g) < 0.2, free, pick)
 
 
-def _prompts(
+def write_prompts(
     labels: torch.Tensor, motions: Motions, g: torch.Generator
 ) -> tuple[list[Request], list[str]]:
+    """What each clip is asked for with, and one of many wordings of it."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=g)))
     shown = zip(labels.tolist(), motions.direction.tolist(), motions.speed.tolist(), strict=True)
     requests = [sample_request(rng, *row) for row in shown]
