@@ -28,6 +28,7 @@ STOREYS = (
     ("types", "noise", "clock", "host", "video", "store"),
     ("router", "schedule", "cache", "models", "scorers"),
     ("commit", "request"),
+    ("grid",),
     ("engine", "tokens"),
     ("report", "sweep", "bench", "env", "quality", "recipes", "arguments", "console"),
     ("token_sweep",),
@@ -38,7 +39,8 @@ STOREYS = (
 # ... and from these of its own
 BESIDE = {("models", "cache"), ("models", "scorers"), ("scorers", "models")}
 # what the loop never sees, though it lies below
-HIDDEN = {(room, part) for room in ("commit", "engine") for part in ("models", "scorers")}
+_LOOP = ("commit", "grid", "engine")
+HIDDEN = {(room, part) for room in _LOOP for part in ("models", "scorers")}
 HEAVY = {
     "accelerate", "av", "diffusers", "imageio", "matplotlib", "PIL", "scipy", "sklearn",
     "tokenizers", "torchvision", "transformers",

@@ -147,9 +147,12 @@ class CachedModel:
 
     def forget(self, index: int, rows: Sequence[int]) -> None:
         """Let block `index` of the sequences `rows` count as unwritten."""
-        place = index - len([block for block in self._left_out if block < index])
+        place = self._place(index)
         for row in rows:
             self.written[row] = min(self.written[row], place)
+
+    def _place(self, index: int) -> int:
+        return index - len([block for block in self._left_out if block < index])
 
     def _fill(self, rows: Rows | None, start_frame: int) -> None:
         """Count the block at `start_frame` as written."""

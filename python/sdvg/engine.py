@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdvg.clock import Clock
 from sdvg.commit import CachedModel, Recompute, policy
+from sdvg.grid import Grid
 from sdvg.host import Rows, device_of, move, read, side_stream
 from sdvg.request import check_count, check_prompts, keys, split
 from sdvg.router import Reward
@@ -54,6 +55,9 @@ class SDVG:
             the final blocks.
         run_ahead: with "own", how many blocks the drafter may be ahead of the verdicts; on a GPU it
             then runs on a stream of its own. The output is the same.
+        in_flight: how many blocks of one model are made side by side in one forward (`sdvg.grid`),
+            where none waits for a verdict: a drafter's with "own", or those of a model alone. 2:
+            fewer forwards, the same output to rounding; more: another output.
 
     Raises:
         ValueError: parts that do not fit each other, in one sentence.
@@ -73,6 +77,7 @@ class SDVG:
         commit: str | Recompute = "lazy",
         drafter_cache: str = "own",
         run_ahead: int = 0,
+        in_flight: int = 1,
         preview: Decoder | None = None,
     ) -> None:
         self.drafter, self.target, self.decoder, self.scorer = drafter, target, decoder, scorer
@@ -82,7 +87,7 @@ class SDVG:
         drafting = schedule if drafter_schedule is None else drafter_schedule
         self.drafter_schedule = preset(drafting) if isinstance(drafting, str) else drafting
         self.force_first, self.commit = force_first, policy(commit)
-        self.drafter_cache, self.run_ahead = drafter_cache, run_ahead
+        self.drafter_cache, self.run_ahead, self.in_flight = drafter_cache, run_ahead, in_flight
         self._check()
 
     def generate(
@@ -149,13 +154,29 @@ class SDVG:
                 raise TypeError(
                     f"sdvg: {name} must be a Schedule or a preset's name, got {given!r}"
                 )
-        if not isinstance(self.run_ahead, int):
-            raise TypeError(f"sdvg: run_ahead must be an integer, got {self.run_ahead!r}")
+        for name in ("run_ahead", "in_flight"):
+            if not isinstance(given := getattr(self, name), int):
+                raise TypeError(f"sdvg: {name} must be an integer, got {given!r}")
         if self.run_ahead < 0 or (self.run_ahead and self.drafter_cache == "synced"):
             raise ValueError(
                 "sdvg: run_ahead must be 0 unless the drafter goes on from its own drafts, "
                 f"got {self.run_ahead} with drafter_cache={self.drafter_cache!r}"
             )
+        if self.in_flight != 1:
+            self._check_in_flight()
+
+    def _check_in_flight(self) -> None:
+        model, rule = self.drafter or self.target, ""
+        if self.in_flight < 1:
+            rule = "at least 1"
+        elif self.drafter is not None and self.target is not None and self.drafter_cache != "own":
+            rule = "1 where a draft waits for the verdict before it (drafter_cache='synced')"
+        elif self.drafter is None and isinstance(self.commit, Recompute):
+            rule = f"1 with {self.commit!r}, which keeps nothing of the block before"
+        elif not hasattr(model, "denoise_blocks"):
+            rule = f"1 for {type(model).__name__}, which has no denoise_blocks"
+        if rule:
+            raise ValueError(f"sdvg: in_flight must be {rule}, got {self.in_flight}")
 
 
 class Generation(Iterator[Block]):
@@ -196,18 +217,13 @@ class Generation(Iterator[Block]):
         # (what to say, whether it was finite), on the devices until the host waits anyway
         self._asked: list[tuple[str, Tensor]] = []
         self._drafter = self._target = None
-        keyed = {"seed": self.seed, "sequences": self.sequences}
         if sdvg.drafter is not None:
             if sdvg.drafter.device.type == "cuda":
                 # drafts ahead of a video that was left may still be at work in the cache
                 torch.cuda.synchronize(sdvg.drafter.device)
-            self._drafter = CachedModel(
-                sdvg.drafter, sdvg.drafter_schedule, self.prompts, stage="draft", **keyed
-            )
+            self._drafter = self._cached(sdvg.drafter, sdvg.drafter_schedule, stage="draft")
         if sdvg.target is not None:
-            self._target = CachedModel(
-                sdvg.target, sdvg.schedule, self.prompts, sdvg.commit, **keyed
-            )
+            self._target = self._cached(sdvg.target, sdvg.schedule, policy=sdvg.commit)
         # ahead of the verdicts the drafter runs on a stream of its own; an event for each draft
         self._stream: torch.cuda.Stream | None = None
         self._drawn: dict[int, torch.cuda.Event] = {}
@@ -217,6 +233,14 @@ class Generation(Iterator[Block]):
         # prompts are encoded and caches made; then with the first block
         self._started = time.perf_counter() - began
         self._first_frames: float | None = None
+
+    def _cached(self, model: CausalModel, schedule: Schedule, **options: object) -> CachedModel:
+        sdvg = self.sdvg
+        options |= {"seed": self.seed, "sequences": self.sequences}
+        if sdvg.in_flight == 1 or (model is sdvg.target and sdvg.drafter is not None):
+            return CachedModel(model, schedule, self.prompts, **options)
+        options |= {"in_flight": sdvg.in_flight, "num_blocks": self.num_blocks}
+        return Grid(model, schedule, self.prompts, **options)
 
     def __next__(self) -> Block:
         """Draft, decode, score and route one block; commit it or repair it.

@@ -77,7 +77,16 @@ class Stats(NamedTuple):
 
 
 class CausalModel(Protocol):
-    """A block-autoregressive denoiser with a KV cache: the drafter and the target are both one."""
+    """A block-autoregressive denoiser with a KV cache: the drafter and the target are both one.
+
+    One method more is needed for several blocks in flight (`SDVG(in_flight=2)`), and only for them:
+
+        denoise_blocks(latents, levels, *, start_frame) -> Tensor
+
+    is `denoise` of consecutive blocks `[B, n F, C, h, w]` in one pass under the block-causal mask,
+    each at its own (timestep, sigma) of `levels`. It stages the K/V of all of them behind what is
+    committed, and `keep` commits those of the first.
+    """
 
     device: torch.device
     dtype: torch.dtype

@@ -7,7 +7,7 @@ tests with diffusers' model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -84,15 +84,27 @@ class StandIn:
         if self.graphs is not None:
             self.graphs.start()
 
-    def step(self, latents: Tensor, sigma: float, start: int, rows: Tensor | None = None) -> Tensor:
-        """Return what a pass over `latents [b, T, WIDTH]` at `start` frames makes of them."""
+    def step(
+        self,
+        latents: Tensor,
+        sigmas: float | Sequence[float],
+        start: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Return what a pass over `latents [b, T, WIDTH]` at `start` frames makes of them.
+
+        One sigma serves all blocks, or each has its own.
+        """
         self.cache.seek(start * FRAME_TOKENS, rows)
-        random = torch.Generator().manual_seed(int(sigma * 1000))
+        sigmas = [sigmas] if isinstance(sigmas, float) else sigmas
+        random = [torch.Generator().manual_seed(int(sigma * 1000)) for sigma in sigmas]
         embedding, modulation = (
-            torch.randn(len(latents), 1, count * WIDTH, generator=random).to(self.device)
+            torch.cat(
+                [torch.randn(len(latents), 1, count * WIDTH, generator=own) for own in random], 1
+            ).to(self.device)
             for count in (1, 3)
         )
-        known = (embedding, modulation, torch.full((1,), sigma, device=self.device))
+        known = (embedding, modulation, torch.tensor(sigmas, device=self.device))
         index = None if rows is None else rows.int()
         forward = self.forward if self.graphs is None else self.graphs
         # `Graphs` reads frames off the second dim
@@ -112,7 +124,10 @@ class StandIn:
         shift, scale, gate = modulation.chunk(3, dim=-1)
         lengths = cache.lengths if rows is None else cache.lengths.index_select(0, rows)
         seqlens = lengths + given.shape[1]
-        hidden = given.bfloat16() + embedding.bfloat16()
+        # a row for each block, or one for all
+        tokens = given.shape[1] // embedding.shape[1]
+        hidden = given.bfloat16() + embedding.bfloat16().repeat_interleave(tokens, 1)
+        level = sigma.repeat_interleave(tokens)[:, None]
         grid = (latents.shape[1], *GRID[1:])
         for layer, block in enumerate(self.transformer.blocks):
             x = modulated_layer_norm(hidden, shift, scale)
@@ -135,11 +150,14 @@ class StandIn:
             if isinstance(block.first, nn.Linear):
                 middle = F.gelu(middle, approximate="tanh")
             hidden = gated_residual(hidden, block.second(middle), gate)
-        return (given - sigma * hidden.float()).view_as(latents)
+        return (given - level * hidden.float()).view_as(latents)
 
 
 def run(model: StandIn, latents: Tensor, seed: int = 0) -> list[Tensor]:
-    """Return what passes over five blocks give: of all sequences, of two, of two blocks in one."""
+    """Return what passes over five blocks give: of all sequences, of two, of two blocks in one.
+
+    Two blocks in one pass have one level, then each its own.
+    """
     model.start(seed)
     rows, out = torch.tensor([2, 0], device=model.device), []
     tokens = FRAMES * FRAME_TOKENS
@@ -151,6 +169,8 @@ def run(model: StandIn, latents: Tensor, seed: int = 0) -> list[Tensor]:
         model.step(part, 0.0, start)
         model.cache.commit(tokens)
     model.start(seed + 1)
+    out.append(model.step(latents[:, : 2 * tokens], (0.3, 0.9), 0))
+    out.append(model.step(latents[:, : 2 * tokens], (0.9, 0.3), 0))
     out.append(model.step(latents[:, : 2 * tokens], 0.0, 0))
     model.cache.commit(2 * tokens)
     out.append(model.step(latents[:, 2 * tokens : 3 * tokens], 0.7, 2 * FRAMES))
@@ -181,8 +201,15 @@ def test_the_stand_in_is_a_model_whose_passes_depend_on_the_past(fp8: bool) -> N
     changed = latents.clone()
     changed[:, : FRAMES * FRAME_TOKENS] += 1
     # the sink is seen by the last block
-    assert not torch.equal(run(plain, changed)[-3], expected[-3])
+    assert not torch.equal(run(plain, changed)[-5], expected[-5])
     assert not torch.equal(run(plain, latents, seed=5)[0], expected[0])
+    # each block at its own level, to the rounding of products of another height
+    tokens = FRAMES * FRAME_TOKENS
+    plain.start(1)
+    for level, both in zip((0.3, 0.9), expected[-4:-2], strict=True):
+        off = plain.step(latents[:, :tokens], level, 0) - both[:, :tokens]
+        assert off.abs().max() < 0.05
+    assert (expected[-4] - expected[-3])[:, :tokens].abs().max() > 1
 
 
 def test_each_gpu_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +289,7 @@ def test_replays_equal_launches_bit_for_bit(fp8: bool) -> None:
             assert torch.equal(mine, theirs)
         assert torch.equal(graphed.cache.k, plain.cache.k)
     assert not graphed.graphs._failure
-    assert len(graphed.graphs._graphs) == 3
+    assert len(graphed.graphs._graphs) == 4
 
 
 @pytest.mark.gpu
@@ -287,7 +314,7 @@ def test_a_capture_that_fails_leaves_a_gpu_that_works(caplog: pytest.LogCaptureF
     (said,) = [record.message for record in caplog.records if record.name == "sdvg"]
     assert said.startswith("accelerate: passes are launched one by one: a capture failed: ")
     assert not sound.graphs._failure
-    assert len(sound.graphs._graphs) == 3
+    assert len(sound.graphs._graphs) == 4
 
 
 @pytest.mark.gpu

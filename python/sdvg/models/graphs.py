@@ -80,7 +80,8 @@ class Graphs:
             self._drop()
             self._stamp = stamp
         inputs = [latents, *embedded] + ([] if rows is None else [rows])
-        key = (tuple(latents.shape), latents.dtype, len(inputs))
+        # a pass of several blocks has one timestep, or one for each
+        key = (tuple(latents.shape), latents.dtype, len(inputs), tuple(embedded[0].shape))
         if key not in self._graphs:
             buffers = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
 

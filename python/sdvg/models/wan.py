@@ -33,7 +33,8 @@ class Pass(NamedTuple):
     rows: Tensor | None
     # int32 [b] committed and staged tokens
     seqlens: Tensor
-    # the timestep's embedding [b, dim], its modulation [b, 6 dim], and its sigma [1] float64
+    # the timestep's embedding [b, dim], its modulation [b, 6 dim], and its sigma [1] float64; with
+    # a timestep for each of n blocks [b, n, dim], [b, n, 6 dim] and [1, n F, 1, 1, 1]
     embedded: tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,8 +50,8 @@ class CausalWan:
         window_frames: how far back a block sees, itself included; None: everything, up to
             `max_frames`.
         max_frames: without a window, how many latent frames a sequence may have.
-        write_blocks: the most blocks that one clean pass writes at once; a longer `write` takes
-            several passes.
+        write_blocks: the most blocks that one pass takes at once: a longer `write` takes several
+            passes, and so many may be in flight.
         past_weight: what a key after the first frame and before the current block weighs in the
             softmax, in (0, 1]; Krea Realtime's pipelines take 0.3 against drift.
         device: where it runs; None: where the transformer lies now (an offloaded one lies apart).
@@ -114,8 +115,8 @@ class CausalWan:
         # replays captured forwards, where `accelerate(graphs=True)` asked for it
         self.graphs: Graphs | None = None
         self.rope_table: RopeTable | None = None
-        # (timestep, sigma, batch) -> its embedding, its modulation and its sigma
-        self._embedded: dict[tuple[float, float, int], tuple[Tensor, Tensor, Tensor]] = {}
+        # ((timestep, sigma) of one block or of each, batch) -> what `Pass` holds of them
+        self._embedded: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._take_over()
 
     @property
@@ -215,7 +216,22 @@ class CausalWan:
         sigma: float | None = None,
     ) -> Tensor:
         """Predict clean latents from noisy ones: `x_0 = x_t - sigma * v`, in float32 or wider."""
-        return self._forward(latents, timestep, start_frame, rows, sigma)
+        level = (timestep, timestep / 1000 if sigma is None else sigma)
+        return self._forward(latents, [level], start_frame, rows)
+
+    def denoise_blocks(
+        self, latents: Tensor, levels: Sequence[tuple[float, float]], *, start_frame: int
+    ) -> Tensor:
+        """`denoise` of several blocks in one pass, each at its own (timestep, sigma).
+
+        Raises ValueError for more blocks than `write_blocks`.
+        """
+        if len(levels) > self.write_blocks:
+            raise ValueError(
+                f"wan: denoise_blocks must take at most write_blocks = {self.write_blocks} blocks, "
+                f"got {len(levels)}; make the model with room for more"
+            )
+        return self._forward(latents, levels, start_frame, None)
 
     def write(
         self,
@@ -227,7 +243,7 @@ class CausalWan:
     ) -> None:
         """The clean pass: forward at timestep 0 and commit, `write_blocks` blocks at a time."""
         for chunk in latents.split(self.write_blocks * self.block_shape[0], dim=1):
-            self._forward(chunk, timestep, start_frame, rows)
+            self._forward(chunk, [(timestep, timestep / 1000)], start_frame, rows)
             self._commit(start_frame, chunk.shape[1], rows)
             start_frame += chunk.shape[1]
 
@@ -256,10 +272,9 @@ class CausalWan:
     def _forward(
         self,
         latents: Tensor,
-        timestep: float,
+        levels: Sequence[tuple[float, float]],
         start_frame: int,
         rows: Tensor | None,
-        sigma: float | None = None,
     ) -> Tensor:
         self._require_installed()
         end = start_frame + latents.shape[1]
@@ -273,7 +288,7 @@ class CausalWan:
         forward = self.forward if self.graphs is None else self.graphs
         # in a caller's autocast keys would not have the cache's dtype
         with torch.autocast(self.device.type, enabled=False):
-            return forward(start_frame, latents, self._embed(timestep, len(latents), sigma), index)
+            return forward(start_frame, latents, self._embed(tuple(levels), len(latents)), index)
 
     def forward(
         self,
@@ -289,7 +304,7 @@ class CausalWan:
         seqlens = lengths + hidden.shape[2] * self.frame_tokens
         self.running = Pass(start_frame, rows, seqlens, embedded)
         # the timestep is embedded and cross-attention holds the prompt already
-        steps = hidden.new_zeros(len(hidden))
+        steps = hidden.new_zeros(embedded[0].shape[:-1])
         text = hidden.new_empty((len(hidden), 0, self.transformer.config.text_dim))
         (velocity,) = self.transformer(hidden, steps, text, return_dict=False)
         wide = torch.promote_types(latents.dtype, torch.float32)
@@ -317,16 +332,31 @@ class CausalWan:
     def _condition(
         self, timestep: Tensor, text: Tensor, *rest: object, **options: object
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return what the running pass says of its timestep."""
-        return *self.running.embedded[:2], text, None
+        """Return what the running pass says of its timestep, or for each token of its block's."""
+        temb, modulation, _ = self.running.embedded
+        if temb.dim() == 3:
+            tokens = self.block_shape[0] * self.frame_tokens
+            temb = _spread(temb, tokens)
+            # the fused blocks take a row for each block
+            if isinstance(self.transformer.rope, _OffsetRope):
+                modulation = _spread(modulation, tokens)
+        return temb, modulation, text, None
 
     def _embed(
-        self, timestep: float, batch: int, sigma: float | None
+        self, levels: tuple[tuple[float, float], ...], batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is known of the timestep, of which a schedule has only a few."""
-        level = timestep / 1000 if sigma is None else sigma
-        key = (timestep, level, batch)
-        if key not in self._embedded:
+        """Return what is known of the timesteps, of which a schedule has only a few."""
+        key = (levels, batch)
+        if key not in self._embedded and len(levels) > 1:
+            rows, modulations, sigmas = zip(
+                *(self._embed((level,), batch) for level in levels), strict=True
+            )
+            sigma = torch.cat([own.expand(self.block_shape[0]) for own in sigmas])
+            self._embedded[key] = (
+                torch.stack(rows, 1), torch.stack(modulations, 1), sigma.view(1, -1, 1, 1, 1)
+            )  # fmt: skip
+        elif key not in self._embedded:
+            ((timestep, level),) = levels
             self._bring()
             embedder, device = self.transformer.condition_embedder, self.device
             steps = torch.full((batch,), timestep, device=device)
@@ -335,6 +365,11 @@ class CausalWan:
             sigmas = torch.full((1,), level, dtype=torch.float64, device=device)
             self._embedded[key] = (*type(embedder).forward(embedder, steps, text)[:2], sigmas)
         return self._embedded[key]
+
+
+def _spread(rows: Tensor, tokens: int) -> Tensor:
+    """Return `[b, n, C]` with each row repeated for its block's tokens."""
+    return rows[:, :, None].expand(-1, -1, tokens, -1).flatten(1, 2)
 
 
 class _OffsetRope(nn.Module):
