@@ -242,8 +242,9 @@ class SDVGPipeline(DiffusionPipeline):
                 reads, or models; one of them may be None.
             drafter_lora, target_lora: low-rank updates, merged.
             scorer: see the class.
-            recipe: the settings of "self_forcing", "longlive" or "krea" (`sdvg.recipes`); sizes
-                that are given go before them.
+            recipe: the settings of "self_forcing", "longlive", "diagonal" (LongLive's model,
+                diagonally distilled) or "krea" (`sdvg.recipes`); sizes that are given go before
+                them.
             dtype, device: of the models; the autoencoder too.
             drafter_device: for a drafter on a GPU of its own (with `run_ahead` it then drafts while
                 the target repairs); None: `device`.

@@ -12,6 +12,9 @@ RECIPES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "self_forcing": {"window_frames": 21, "schedule": "self_forcing"},
         # `local_attn_size` 12 counts the sink; prompts are switched with a recache of the window
         "longlive": {"sink_frames": 3, "window_frames": 9, "schedule": "self_forcing"},
+        # LongLive's model and window, four blocks with the sink, in 4, 3, then 2 steps; the next
+        # block attends to what the last noisy step left
+        "diagonal": {"sink_frames": 3, "window_frames": 9, "schedule": "diagonal"},
         # no cache is kept: the last three clean latents are written anew before each block, and
         # what is between the first frame and the block weighs 0.3 against drift
         "krea": {

@@ -83,6 +83,49 @@ def test_patched_equals_unpatched_over_twelve_blocks(name: str) -> None:
         torch.testing.assert_close(mine["k"], theirs["k"])
 
 
+class Diagonal(LongLive):
+    """Diagonal Distillation's: fewer steps block by block, and no pass that writes clean keys."""
+
+    def block(self, index: int, random: torch.Generator, **more: object) -> list[Tensor]:
+        """Make a block; its last step's keys stay."""
+        noise = torch.randn(4, len(self.text), BLOCK, DIM, generator=random, dtype=torch.float64)
+        steps = max(2, 4 - index)
+        return [self.step(x, FRAMES, index * BLOCK, **more) for x in noise.to(self.text)[:steps]]
+
+    def run(self, blocks: int, **more: object) -> Tensor:
+        """Make `blocks` blocks, and return the last step of each."""
+        random = torch.Generator().manual_seed(1)
+        return torch.stack([self.block(index, random, **more)[-1] for index in range(blocks)])
+
+
+class DiagonalInPlace(SelfForcing):
+    """The same on a model whose layers write their caches themselves."""
+
+    block, run = Diagonal.block, Diagonal.run
+
+
+@pytest.mark.parametrize("kind", [Diagonal, DiagonalInPlace])
+def test_without_a_clean_pass_the_last_steps_keys_are_seen(kind: type[SelfForcing]) -> None:
+    plain, patched = kind(12, 3), kind(12, 3)
+    assert patch(patched) == LAYERS
+    made = patched.run(8)
+    assert (made - plain.run(8)).abs().max() < 1e-10
+    # a clean pass would change what is seen
+    cleaned = kind(12, 3)
+    patch(cleaned)
+    whole = cleaned.block
+
+    def block(index: int, random: torch.Generator) -> list[Tensor]:
+        out = whole(index, random)
+        cleaned.step(out[-1].tanh(), FRAMES, index * BLOCK)
+        return out
+
+    cleaned.block = block
+    other = cleaned.run(8)
+    assert torch.equal(other[0], made[0])
+    assert (other[1:] - made[1:]).abs().amin(0).max() > 1e-3
+
+
 @pytest.mark.parametrize("weight", [0.3, 1.5])
 def test_a_bias_on_old_keys_is_the_originals(weight: float) -> None:
     plain, patched = Krea(), Krea()

@@ -360,6 +360,110 @@ def test_a_merged_update_does_what_an_unmerged_one_does(
     assert (expected - output(model)).abs().max() > 0.05
 
 
+def told_by_peft(folder: Path, tensors: Weights, settings: dict[str, object]) -> Path:
+    """Write what peft's `save_pretrained` does."""
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK} | settings))
+    return folder
+
+
+def told_by_diffusers(folder: Path, tensors: Weights, settings: dict[str, object]) -> Path:
+    """Write what diffusers' `save_lora_weights` does."""
+    note = {f"transformer.{name}": value for name, value in ({"r": RANK} | settings).items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(note)}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata=header)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"lora_alpha": 1.5}, 0.5),
+        ({"lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
+        ({"lora_alpha": 1.5, "alpha_pattern": {}, "use_rslora": False}, 0.5),
+        ({}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("tell", [told_by_peft, told_by_diffusers])
+def test_an_update_says_its_own_scale(
+    tmp_path: Path,
+    model: nn.Module,
+    tell: Callable[..., Path],
+    settings: dict[str, object],
+    scale: float,
+) -> None:
+    """Updates that say an alpha of their own were merged as if it was their rank."""
+    tensors = updates(model, FORMS[0])
+    lora = tell(tmp_path, tensors, settings)
+    base = write_diffusers(tmp_path, model)
+    expected = unmerged(model, tensors, FORMS[0], scale)
+    loaded = load_transformer(base, lora=lora, dtype=torch.float32)
+    torch.testing.assert_close(output(loaded), expected, atol=1e-4, rtol=1e-4)
+    # what is given goes before it, and a folder serves as the file in it
+    again = load_transformer(base, lora=tmp_path, lora_alpha=scale * RANK, dtype=torch.float32)
+    torch.testing.assert_close(output(again), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tell", [told_by_peft, told_by_diffusers])
+@pytest.mark.parametrize("settings", [{"alpha_pattern": {"to_q": 3}}, {"lora_alpha": "much"}])
+def test_an_update_of_several_scales_is_refused(
+    tmp_path: Path, model: nn.Module, tell: Callable[..., Path], settings: dict[str, object]
+) -> None:
+    lora = tell(tmp_path, updates(model, FORMS[0]), settings)
+    with pytest.raises(ValueError, match=r"must have one lora_alpha for all layers, got lora_al"):
+        load_transformer(write_krea(tmp_path, model), lora=lora)
+    for folder in (tmp_path / "transformer", tmp_path / "nothing"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=r"hold adapter_model.safetensors or .*, got neither"):
+            load_transformer(write_krea(tmp_path, model), lora=folder)
+
+
+def trainer_lora(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """LongLive's base, and an update as Diagonal Distillation's trainer saves it."""
+    critic = {name: torch.ones(2, 2) for name in ("a.lora_A.weight", "a.lora_B.weight")}
+    kept = {"generator_lora": updates(model, FORMS[0]), "critic_lora": critic, "step": 3500}
+    base = {"generator": plain(model, "model."), "critic": junk(model), "step": 700}
+    return {
+        "path": saved(folder / "longlive_base.pt", base),
+        "lora": saved(folder / "model.pt", kept),
+    }
+
+
+def trainer_diffusers(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """The same update in diffusers' names, on diffusers' folder."""
+    lora = updates(model, FORMS[-1])
+    save_file(lora, folder / "pytorch_lora_weights.safetensors")
+    return {"path": write_diffusers(folder, model), "lora": folder}
+
+
+def trainer_whole(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """What the trainer saves without low-rank updates: optimizers and the critic beside it."""
+    weights = dict(model.state_dict())
+    for name, value in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(value, nn.Linear):
+            down, up = (updates(model, "{}.?")[f"{wan_name(name)}.{part}"] for part in "AB")
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + up @ down
+    merged = {wan_name(name): value for name, value in weights.items()}
+    state = {name: {"exp_avg": value, "step": torch.tensor(3.0)} for name, value in merged.items()}
+    whole = {
+        "generator": {f"model.{name}": value for name, value in merged.items()},
+        "critic": junk(model),
+        "generator_optimizer": {"state": state, "param_groups": [{"lr": 1e-5, "betas": (0, 0.9)}]},
+        "critic_optimizer": None,
+        "step": 3500,
+    }
+    return {"path": saved(folder / "model.pt", whole)}
+
+
+@pytest.mark.parametrize("write", [trainer_lora, trainer_diffusers, trainer_whole])
+def test_what_diagonal_distillation_trains_loads_from_every_file(
+    tmp_path: Path, model: nn.Module, write: Callable[[Path, nn.Module], dict[str, Path]]
+) -> None:
+    loaded = load_transformer(**write(tmp_path, model), dtype=torch.float32)
+    expected = unmerged(model, updates(model, FORMS[0]), FORMS[0], 1.0)
+    torch.testing.assert_close(output(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_an_update_is_added_before_the_cast(tmp_path: Path, model: nn.Module) -> None:
     tensors = updates(model, FORMS[0])
     save_file(tensors, tmp_path / "lora.safetensors")

@@ -573,7 +573,7 @@ def test_offloading_and_accelerating_go_in_any_order(
         fresh.place(vae="cpu")
 
 
-@pytest.mark.parametrize("recipe", ["self_forcing", "longlive", "krea"])
+@pytest.mark.parametrize("recipe", ["self_forcing", "longlive", "diagonal", "krea"])
 def test_recipes_are_the_published_settings(
     pipe: SDVGPipeline, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -588,6 +588,7 @@ def test_recipes_are_the_published_settings(
         == {
             "self_forcing": (0, 21, 1.0, "self_forcing", "lazy"),
             "longlive": (3, 9, 1.0, "self_forcing", "lazy"),
+            "diagonal": (3, 9, 1.0, "diagonal", "lazy"),
             "krea": (0, 6, 0.3, "krea", "recompute:3"),
         }[recipe]
     )
@@ -605,7 +606,7 @@ def test_recipes_are_the_published_settings(
 @pytest.mark.parametrize(
     ("error", "options", "text"),
     [
-        (ValueError, {"recipe": "crea"}, "recipe must be one of self_forcing, longlive, krea"),
+        (ValueError, {"recipe": "crea"}, "recipe must be one of self_forcing, longlive, diagonal"),
         (TypeError, {"windows": 3}, "windows must be a setting of the pipeline, got 3; they are"),
         (ValueError, {"window_frames": 2}, "window_frames must be at least 3, got 2"),
         (ValueError, {"sink_frames": -3}, "sink_frames must be at least 0, got -3"),
@@ -671,5 +672,8 @@ def test_a_copied_pipeline_runs_apart(pipe: SDVGPipeline) -> None:
 def test_a_summary_prints_as_a_sentence(pipe: SDVGPipeline) -> None:
     frames(pipe)
     first, second = str(pipe.summary()).splitlines()
-    assert re.match(r"21 frames in [\d.]+ s \([\d.]+ frames/s\), \d+% of the drafts kept", first)
+    wanted = (
+        r"21 frames in [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, \d+% of the dr"
+    )
+    assert re.match(wanted, first)
     assert second.startswith("stages: ")

@@ -56,6 +56,9 @@ _HEAD_DIM = 128
 # tensors of image conditioning, in either naming
 _IMAGE = ("img_emb", "image_embedder", "k_img", "add_k_proj")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# what peft and diffusers call an update in a folder, and the latter's key in its header
+_LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_LORA_HEADER = "lora_adapter_metadata"
 # how many names an error shows
 _SHOWN = 3
 
@@ -86,8 +89,11 @@ def load_transformer(
         path: a `.safetensors` or `.pt` file, or a folder with `.safetensors` shards, under Wan's
             names or diffusers'. A `.pt` is read as data only: no code in it runs. Of several sets
             of weights in it, `generator_ema` goes before `generator`, and both before `ema`.
-        lora: a file of low-rank updates (peft's names), merged in float32 before the cast.
-        lora_alpha: their scale is `lora_alpha / rank`; None: 1, as LongLive's.
+        lora: a file of low-rank updates (peft's names), merged in float32 before the cast; or a
+            folder that peft or diffusers saved one in.
+        lora_alpha: their scale is `lora_alpha / rank`. None: as `adapter_config.json` beside peft's
+            `adapter_model.safetensors`, or diffusers' note in the file's header, has it; without
+            either 1, as LongLive and Diagonal Distillation train (alpha 256, rank 256).
         dtype: float32, float16, bfloat16 or float64.
         device: where it lies; tensors go there one by one.
 
@@ -354,6 +360,12 @@ def _some(names: Sequence[str] | Mapping[str, object]) -> str:
 
 def _read_lora(path: Path, alpha: float | None, wanted: Mapping[str, Tensor]) -> dict[str, _Update]:
     """Return the update of each weight that `path` changes."""
+    if path.is_dir():
+        inside = [path / name for name in _LORA_FILES if (path / name).is_file()]
+        if not inside:
+            raise _error(path, f"hold {' or '.join(_LORA_FILES)}", "neither")
+        path = inside[0]
+    told = {"lora_alpha": alpha} if alpha is not None else _read_settings(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in _read(path).items():
         # peft may name the adapter before the weight: lora_A.default.weight
@@ -382,5 +394,36 @@ def _read_lora(path: Path, alpha: float | None, wanted: Mapping[str, Tensor]) ->
         ):
             got = f"{list(up.shape)} x {list(down.shape)} for {list(shape)} ({name})"
             raise _error(path, "multiply to the weights' shapes", got)
-        updates[name] = _Update(down, up, 1.0 if alpha is None else alpha / rank)
+        scale = 1.0
+        if told.get("lora_alpha") is not None:
+            # by the root where updates are rank-stabilised (arXiv 2312.03732)
+            scale = told["lora_alpha"] / (rank**0.5 if told.get("use_rslora") else rank)
+        updates[name] = _Update(down, up, scale)
     return updates
+
+
+def _read_settings(path: Path) -> dict[str, float]:
+    """Return what peft's or diffusers' settings beside or in an update say of its scale."""
+    config, found = path.parent / "adapter_config.json", {}
+    if path.name == _LORA_FILES[0] and config.is_file():
+        path, found = config, read_json(config)
+    elif path.is_file() and path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                found = json.loads((file.metadata() or {}).get(_LORA_HEADER, "{}"))
+        except (SafetensorError, OSError):
+            # what reads the tensors says what is wrong
+            return {}
+        except ValueError as error:
+            raise _error(path, f"have JSON as {_LORA_HEADER} in its header", error) from error
+        if not isinstance(found, dict):
+            raise _error(path, f"have an object as {_LORA_HEADER}", type(found).__name__)
+    # diffusers puts the model's name before them
+    told = {name.rpartition(".")[2]: value for name, value in found.items()}
+    alpha = told.get("lora_alpha")
+    if told.get("alpha_pattern") or not (alpha is None or isinstance(alpha, int | float)):
+        got = f"lora_alpha {alpha!r}, alpha_pattern {told.get('alpha_pattern')!r}"
+        raise _error(path, "have one lora_alpha for all layers", got, "merge it with peft first")
+    return {name: told[name] for name in ("lora_alpha", "use_rslora") if name in told}
