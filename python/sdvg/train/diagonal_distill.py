@@ -112,6 +112,7 @@ def train(
     warm_up: int = WARM_UP,
     steps: int = STEPS,
     batch: int = BATCH,
+    warm_up_lr: float = 2e-3,
     lr: float = 5e-4,
     fake_lr: float = 1e-3,
     resume: bool = False,
@@ -130,7 +131,7 @@ def train(
         average = fit(
             "warm-up", student,
             lambda g, step: distiller.warm_up(source, batch, g, own=0.5 * (step > warm_up // 3)),
-            steps=warm_up, lr=1e-3, seed=seed, **common,
+            steps=warm_up, lr=warm_up_lr, seed=seed, **common,
         )  # fmt: skip
         # in place: the roll-outs share the student's memory
         student.load_state_dict(average.state_dict())
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distiller, source, fake = parts(options, settings, accelerator.device)
     student = train(
         distiller, source, runs, warm_up=options.warm_up, steps=options.steps,
-        batch=options.batch, lr=options.lr, fake_lr=options.fake_lr, resume=options.resume,
-        seed=options.seed, fake=fake, accelerator=accelerator,
+        batch=options.batch, warm_up_lr=options.warm_up_lr, lr=options.lr, fake_lr=options.fake_lr,
+        resume=options.resume, seed=options.seed, fake=fake, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
         student.to(torch.float16).save_pretrained(options.out)
@@ -209,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=WARM_UP, help="steps of flow matching on clips")
     add("--steps", type=int, default=STEPS, help="steps of distillation")
     add("--batch", type=int, default=BATCH, help="videos of a step, on each device")
+    add("--warm-up-lr", type=float, default=2e-3)
     add("--lr", type=float, default=5e-4)
     add("--fake-lr", type=float, default=1e-3, help="rate of the model of the student's videos")
     add("--seed", type=int, default=31)
@@ -219,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("moving digits").add_argument
     add("--model", choices=("student", "drafter"), default="student",
         help="the student is of the base's size, the drafter of the shipped one's")  # fmt: skip
+    add("--start", type=Path,
+        help="warm-up.pt of another run: begin as after its warm-up, with --warm-up 0")  # fmt: skip
     add("--fake", choices=("base", "student"), default="base",
         help="what the model of the student's videos begins as")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"),
@@ -242,8 +246,9 @@ def _notes(options: argparse.Namespace, settings: Settings) -> dict[str, object]
     """Return what decides the result, for ``distillation.json``."""
     method = asdict(settings)
     schedule = method.pop("schedule")
-    names = ("warm_up", "steps", "batch", "lr", "fake_lr", "seed")
+    names = ("warm_up", "steps", "batch", "warm_up_lr", "lr", "fake_lr", "seed")
     digits = {name: getattr(options, name) for name in ("model", "fake", "clips")}
+    digits["start"] = None if options.start is None else str(options.start)
     teacher = {"teacher": str(options.teacher)} if options.teacher else digits
     return schedule | method | {name: getattr(options, name) for name in names} | teacher
 
@@ -277,6 +282,10 @@ def _digits(
 
     drafter = options.model == "drafter"
     student = shipped("drafter") if drafter else base()
+    if options.start is not None:
+        if options.warm_up:
+            raise ValueError("distil: --start must come with --warm-up 0: it is a warm-up's end")
+        student.load_state_dict(torch.load(options.start, weights_only=True)["average"])
     fake = base() if options.fake == "base" else None
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae").float().eval()
     clips = transformer.encode_clips(vae, options.clips, options.runs)

@@ -108,6 +108,7 @@ def _vae(out: Path) -> AutoencoderKLWan:
 
 
 def text_encoder(out: Path) -> TextEncoder:
+    """The trained text encoder in ``out``."""
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     from sdvg.models.embedded.text import TextEncoder
