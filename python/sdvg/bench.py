@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sdvg.engine import SDVG
 from sdvg.host import is_there
-from sdvg.models.vae import StreamingVAE
+from sdvg.models.vae import StreamingVAE, TinyDecoder
 from sdvg.models.wan import CausalWan
 from sdvg.types import Draft, Scorer
 
@@ -41,6 +41,8 @@ class Row(NamedTuple):
     # kept / decided; None: target-only
     acceptance: float | None
     fps: float
+    # from `generate` to the first block's frames
+    first_ms: float
     # against this variant's own target-only generation
     speedup: float
     draft_ms: float
@@ -84,12 +86,16 @@ def measure(
     acceptances: Sequence[float] = ACCEPTANCES,
     blocks: int = 9,
     prompts: Sequence[str] = ("a random video",),
+    **options: object,
 ) -> Iterator[Row]:
     """Yield the rows, variant by variant; each run is warmed up with its own first blocks.
 
+    `options` go to `SDVG` (schedule, in_flight).
+
     A variant whose latents or frames are not those of `eager` within its precision raises
     RuntimeError: no figure of a wrong result is given. FP8 is lossy and only reports how far it is
-    off. Raises ValueError for a variant that there is not, or fewer than two blocks.
+    off. Raises ValueError for a variant that there is not, `original` with a sink, or fewer than
+    two blocks.
     """
     if blocks < 2:
         raise ValueError(
@@ -100,6 +106,8 @@ def measure(
             raise ValueError(
                 f"bench: variants must be among {', '.join(VARIANTS)}, got {variant!r}"
             )
+    if "original" in variants and (parts.drafter.sink_frames or parts.target.sink_frames):
+        raise ValueError("bench: original has no sink, got one; leave the variant out")
     expected: dict[float | None, tuple[Tensor, Tensor]] = {}
     wide = parts.target.dtype == torch.float32
     ordered = [variant for variant in VARIANTS if variant in variants]
@@ -111,7 +119,7 @@ def measure(
         _turn_into(variant, parts)
         alone = 0.0
         for share in (None, *acceptances):
-            row, latents, frames = _run(parts, variant, share, blocks, prompts)
+            row, latents, frames = _run(parts, variant, share, blocks, prompts, options)
             seconds = 1 / row.fps
             alone = seconds if share is None else alone
             reference, seen = expected.setdefault(share, (latents, frames))
@@ -143,11 +151,16 @@ def _turn_into(variant: str, parts: Parts) -> None:
 
 
 def _run(
-    parts: Parts, variant: str, share: float | None, blocks: int, prompts: Sequence[str]
+    parts: Parts,
+    variant: str,
+    share: float | None,
+    blocks: int,
+    prompts: Sequence[str],
+    options: Mapping[str, object],
 ) -> tuple[Row, Tensor, Tensor]:
     drafter = None if share is None else parts.drafter
     router = None if share is None else Pattern(share)
-    loop = SDVG(drafter, parts.target, parts.decoder, parts.scorer, router)
+    loop = SDVG(drafter, parts.target, parts.decoder, parts.scorer, router, **options)
     device = parts.target.device
     cuda = device.type == "cuda"
     # kernels are compiled, graphs captured and memory taken before anything is timed; a rejected
@@ -166,7 +179,7 @@ def _run(
     spent = {f"{stage}_ms": 1e3 * stats.stages.get(stage, 0.0) / blocks for stage in STAGES}
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
     row = Row(
-        variant, stats.acceptance, stats.frames / seconds, 0.0, **spent,
+        variant, stats.acceptance, stats.frames / seconds, 1e3 * stats.first_frames, 0.0, **spent,
         memory_gib=memory, difference=0.0,
     )  # fmt: skip
     return row, torch.cat(video.latents, dim=1).float(), last.frames.float()
@@ -198,6 +211,14 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+_SIZES = {
+    "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64,
+             "text_dim": 16, "freq_dim": 32},
+    "1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+    "14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+}  # fmt: skip
+
+
 def random_wan(
     drafter: str = "1.3B",
     target: str = "14B",
@@ -205,6 +226,7 @@ def random_wan(
     height: int = 480,
     width: int = 832,
     window_frames: int = 6,
+    sink_frames: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     scorer: Scorer | None = None,
@@ -215,53 +237,96 @@ def random_wan(
         drafter, target: "1.3B", "14B", or "tiny" for a machine without a GPU; a tiny drafter has a
             tiny autoencoder and a tiny target with it.
         height, width: of the video, multiples of 16.
-        window_frames: latent frames that a block sees, itself included.
+        window_frames, sink_frames: latent frames that a block sees, itself included, and the first
+            ones, which it always sees.
         device, dtype: where and in what everything lies.
         scorer: None: one that costs next to nothing.
 
     Raises:
         ValueError: an argument that does not fit, in one sentence.
     """
-    if not is_there(device) or torch.device(device).type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"bench: device must be cpu, or a GPU of this machine such as cuda:1, got {device!r}"
-        )
-    for name, size in (("height", height), ("width", width)):
-        if size < 16 or size % 16:
-            raise ValueError(f"bench: {name} must be a multiple of 16, got {size}")
     if (drafter == "tiny") != (target == "tiny"):
         raise ValueError(f"bench: both models must be tiny or none, got {drafter} and {target}")
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
     sizes = {
-        "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64,
-                 "text_dim": 16, "freq_dim": 32},
-        "1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
-        "14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+        "height": height, "width": width, "window_frames": window_frames,
+        "sink_frames": sink_frames, "device": device, "dtype": dtype,
     }  # fmt: skip
-    for name in (drafter, target):
-        if name not in sizes:
-            raise ValueError(f"bench: a model must be one of {', '.join(sizes)}, got {name!r}")
-
-    def encode(prompts: Sequence[str]) -> Tensor:
-        generator = torch.Generator().manual_seed(len(prompts))
-        length, dim = (8, 16) if drafter == "tiny" else (512, 4096)
-        return 0.1 * torch.randn(len(prompts), length, dim, generator=generator)
-
-    def transformer(name: str, seed: int) -> CausalWan:
-        torch.manual_seed(seed)
-        model = _made(lambda: WanTransformer3DModel(**sizes[name]), device, dtype)
-        return CausalWan(
-            model, encode, height=height // 8, width=width // 8, window_frames=window_frames
-        )
+    drafting, repairing = random_model(drafter, 1, **sizes), random_model(target, 2, **sizes)
+    from diffusers import AutoencoderKLWan
 
     small = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     torch.manual_seed(0)
     vae = _made(lambda: AutoencoderKLWan(**(small if drafter == "tiny" else {})), device, dtype)
     return Parts(
-        transformer(drafter, 1), transformer(target, 2), StreamingVAE(vae),
-        scorer or (lambda frames, _: frames.mean((2, 3, 4))),
+        drafting, repairing, StreamingVAE(vae), scorer or (lambda frames, _: frames.mean((2, 3, 4)))
+    )
+
+
+def random_model(
+    size: str,
+    seed: int = 0,
+    *,
+    height: int = 480,
+    width: int = 832,
+    window_frames: int = 6,
+    sink_frames: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> CausalWan:
+    """Return one random model of `random_wan`, its weights drawn with `seed`; it raises the same.
+
+    Its prompts are noise, of the length and width that Wan's text encoder gives.
+    """
+    if not is_there(device) or torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"bench: device must be cpu, or a GPU of this machine such as cuda:1, got {device!r}"
+        )
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < 16 or pixels % 16:
+            raise ValueError(f"bench: {name} must be a multiple of 16, got {pixels}")
+    if size not in _SIZES:
+        raise ValueError(f"bench: a model must be one of {', '.join(_SIZES)}, got {size!r}")
+    from diffusers import WanTransformer3DModel
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        generator = torch.Generator().manual_seed(len(prompts))
+        length, dim = (8, 16) if size == "tiny" else (512, 4096)
+        return 0.1 * torch.randn(len(prompts), length, dim, generator=generator)
+
+    torch.manual_seed(seed)
+    model = _made(lambda: WanTransformer3DModel(**_SIZES[size]), device, dtype)
+    return CausalWan(
+        model, encode, height=height // 8, width=width // 8, window_frames=window_frames,
+        sink_frames=sink_frames,
     )  # fmt: skip
+
+
+def random_tiny_decoder(
+    widths: Sequence[int] = (256, 128, 64, 64),
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> TinyDecoder:
+    """Return a random `TinyDecoder` of the sizes of taew2_1, or of stages of other `widths`."""
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {}
+
+    def convolution(place: str, out: int, inside: int, size: int = 3, bias: bool = False) -> None:
+        weight = torch.randn(out, inside, size, size, generator=generator)
+        weights[f"decoder.{place}.weight"] = weight * (2 / (inside * size**2)) ** 0.5
+        if bias:
+            weights[f"decoder.{place}.bias"] = torch.zeros(out)
+
+    convolution("1", widths[0], 16, bias=True)
+    for stage, (*memory, grow, end) in enumerate(TinyDecoder._STAGES):
+        width = widths[stage]
+        for place in memory:
+            for layer, inside in ((0, 2 * width), (2, width), (4, width)):
+                convolution(f"{place}.conv.{layer}", width, inside, bias=True)
+        convolution(f"{grow}.conv", width if stage == 0 else 2 * width, width, size=1)
+        convolution(str(end), widths[stage + 1], width)
+    convolution("22", 3, widths[3], bias=True)
+    return TinyDecoder({name: weight.to(dtype) for name, weight in weights.items()}).to(device)
 
 
 def _made(

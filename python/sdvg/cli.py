@@ -133,12 +133,13 @@ def bench_loop(args: argparse.Namespace) -> int:
     parts = bench.random_wan(
         args.drafter or ("tiny" if tiny else "1.3B"), args.target or ("tiny" if tiny else "14B"),
         height=args.height or (32 if tiny else 480), width=args.width or (32 if tiny else 832),
-        window_frames=args.window, device=args.device,
+        window_frames=args.window, sink_frames=args.sink, device=args.device,
         dtype=torch.float32 if cpu else torch.bfloat16,
     )  # fmt: skip
     rows = []
     settings = {
-        "variants": args.variants, "acceptances": args.acceptance, "blocks": args.blocks
+        "variants": args.variants, "acceptances": args.acceptance, "blocks": args.blocks,
+        "schedule": args.schedule, "in_flight": args.in_flight,
     }  # fmt: skip
     interrupted = False
     with Aside() as aside:
@@ -424,7 +425,7 @@ def parser() -> argparse.ArgumentParser:
 
     new = commands.add_parser("bench", parents=[common], help="what the loop costs")
     add = new.add_argument
-    add("what", choices=["loop"])
+    add("what", choices=["loop"], nargs="?", default="loop")
     add(
         "--models", choices=["wan", "tiny"], default="wan", help="tiny: for a machine without a GPU"
     )
@@ -437,6 +438,9 @@ def parser() -> argparse.ArgumentParser:
     add("--height", type=int, help="default: 480, tiny 32")
     add("--width", type=int, help="default: 832, tiny 32")
     add("--window", type=int, default=6, help="latent frames that a block sees, itself included")
+    add("--sink", type=int, default=0, help="first latent frames, which every block sees")
+    add("--schedule", default="self_forcing", help="self_forcing, krea, krea_5 or diagonal:4,3,2")
+    add("--in-flight", type=int, default=1, help="blocks of one model in one forward")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, help="also write the rows there, as CSV")
     new.set_defaults(run=bench_loop)

@@ -42,6 +42,20 @@ def test_all_variants_are_measured_against_their_own_target(parts: Parts) -> Non
     assert rows[2].target_ms < rows[1].target_ms
 
 
+def test_a_diagonal_schedule_with_two_in_flight_is_measured_in_every_variant(parts: Parts) -> None:
+    """Also by the original's shifted cache, in passes of two blocks at two timesteps."""
+    rows = list(
+        bench.measure(
+            parts, variants=("eager", "original", "fused", "graphs"), acceptances=(1.0,), blocks=7,
+            schedule="diagonal", in_flight=2,
+        )
+    )  # fmt: skip
+    assert len(rows) == 8
+    assert all(row.difference < 1e-4 for row in rows)
+    # first frames come before the video does
+    assert all(0 < row.first_ms < 1e3 * (12 * 7 - 3) / row.fps for row in rows)
+
+
 def test_the_original_follows_where_the_loop_leaves_blocks_out(parts: Parts) -> None:
     """Kept blocks beyond the target's reach are never written: its shifted cache overran."""
     rows = list(bench.measure(parts, variants=("eager", "original"), acceptances=(0.8,), blocks=9))
@@ -86,6 +100,34 @@ def test_the_command_prints_a_table_and_writes_csv(
     assert [row["memory_gib"] for row in rows] == ["-", "-"]
 
 
+def test_the_command_takes_a_schedule_a_sink_and_blocks_in_flight(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def measured(parts: Parts, **settings: object) -> Iterator[Row]:
+        asked.update(settings, sink=parts.drafter.sink_frames, window=parts.target.window_frames)
+        return measure(parts, **settings)
+
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", measured)
+    command = ["bench", "--models", "tiny", "--blocks", "3", "--variants", "eager", "fused"]
+    command += ["--acceptance", "1", "--schedule", "diagonal", "--sink", "3", "--window", "12"]
+    assert main([*command, "--in-flight", "2"]) == 0
+    assert (asked["schedule"], asked["in_flight"]) == ("diagonal", 2)
+    assert (asked["sink"], asked["window"]) == (3, 12)
+    assert "first_ms" in capsys.readouterr().out
+
+
+def test_a_tiny_decoder_of_random_weights_decodes() -> None:
+    decoder = bench.random_tiny_decoder((8, 6, 4, 4), dtype=torch.float32)
+    frames, state = decoder.decode(torch.randn(1, 3, 16, 4, 4), decoder.start(1))
+    assert frames.shape == (1, 9, 3, 32, 32)
+    more, _ = decoder.decode(torch.randn(1, 3, 16, 4, 4), state)
+    assert more.shape == (1, 12, 3, 32, 32)
+    assert 0 < frames.std() < 1
+
+
 def test_ctrl_c_keeps_the_rows_that_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +166,12 @@ def test_ctrl_c_keeps_the_rows_that_were_measured(
         (["--models", "tiny", "--height", "33"], "height must be a multiple of 16, got 33"),
         (["--models", "tiny", "--target", "14B"], "both models must be tiny or none, got tiny and"),
         (["--models", "tiny", "--variants", "slow"], "variants must be among original, eager"),
+        (["--models", "tiny", "--sink", "3"], "original has no sink, got one; leave the variant"),
+        (["--models", "tiny", "--schedule", "fast"], "preset must be one of self_forcing, krea"),
+        (
+            ["--models", "tiny", "--variants", "eager", "--in-flight", "0"],
+            "in_flight must be at least 1, got 0",
+        ),
     ],
 )
 def test_errors_are_one_sentence(
