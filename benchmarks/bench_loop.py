@@ -87,10 +87,14 @@ def plans(bench: Bench) -> Iterator[Plan]:
         yield Plan("draft block, tiny", partial(_block, bench, "tiny", "draft"))
         yield Plan("wan tiny", partial(_wan, bench, "tiny", "tiny", accelerated=False))
         yield Plan("wan tiny, accelerated", partial(_wan, bench, "tiny", "tiny"))
+        yield Plan("diagonal video, tiny", partial(_stream, bench, "tiny", "diagonal video"))
+        yield Plan("first frames, tiny", partial(_stream, bench, "tiny", "first frames"))
     else:
         yield Plan("draft block, 1.3B", partial(_block, bench, "1.3B", "draft"))
         yield Plan("target block, 14B", partial(_block, bench, "14B", "target"))
         yield Plan("target block, 14B, e4m3", partial(_block, bench, "14B", "target", fp8=True))
+        yield Plan("diagonal video, 1.3B", partial(_stream, bench, "1.3B", "diagonal video"))
+        yield Plan("first frames, 1.3B", partial(_stream, bench, "1.3B", "first frames"))
         yield Plan("wan 1.3B for 1.3B, accelerated", partial(_wan, bench, "1.3B", "1.3B"))
         for fp8 in () if bench.quick else (False, True):
             for kept, decided in ((8, 11), (8, 9)):
@@ -195,6 +199,59 @@ def _block(bench: Bench, size: str, role: str, *, fp8: bool = False) -> Case:
         dtype="float8_e4m3fn" if fp8 else str(dtype).removeprefix("torch."),
         candidates=[Candidate("graphs" if graphs else "accelerated", run, check)],
         wall=True,
+        at_least=3,
+    )
+
+
+def _stream(bench: Bench, size: str, op: str) -> Case:
+    """Return a video of one model alone, 4, 3, then 2 steps a block and no clean pass.
+
+    As Diagonal Distillation streams it: 81 frames, the last four blocks and a sink of one in sight,
+    a tiny decoder. "first frames" is the time from `generate` to those of the first block.
+    """
+    _require("diffusers")
+    from sdvg.bench import random_model, random_tiny_decoder
+
+    cuda = bench.device.type == "cuda"
+    height, width = (480, 832) if cuda else (32, 32)
+    placed = {"device": bench.device, "dtype": torch.bfloat16 if cuda else torch.float32}
+    model = random_model(
+        size, height=height, width=width, window_frames=12, sink_frames=3, **placed
+    )
+    decoder = random_tiny_decoder((256, 128, 64, 64) if cuda else (8, 6, 4, 4), **placed)
+    if cuda:
+        # the layout that its convolutions compute in
+        decoder.to(memory_format=torch.channels_last)
+    blocks = 7 if op == "diagonal video" else 1
+
+    def generate(in_flight: int) -> list[Block]:
+        loop = SDVG(None, model, decoder, schedule="diagonal", in_flight=in_flight)
+        video = loop.generate(["a random video"], num_blocks=7)
+        return [next(video) for _ in range(blocks)]
+
+    # before anything is put under it, one block after the other
+    expected = [block.latents for block in generate(1)]
+    model.accelerate(graphs=cuda)
+
+    def check(out: object) -> None:
+        assert sum(block.frames.shape[1] for block in out) == 12 * blocks - 3
+        for block, want in zip(out, expected, strict=True):
+            assert block.frames.isfinite().all(), f"block {block.index} is not finite"
+            off = (block.latents - want).float().square().mean().sqrt() / want.std()
+            limit = 0.1 if cuda else 1e-3
+            assert off <= limit, f"block {block.index} is {off:.3g} deviations off the eager one"
+
+    return Case(
+        op=op,
+        shape=f"Wan {size} alone {height}x{width} B=1 window=12 sink=3, tiny decoder "
+        f"frames={12 * blocks - 3} blocks={blocks} {'graphs' if cuda else 'accelerated'}",
+        dtype=str(model.dtype).removeprefix("torch."),
+        candidates=[
+            Candidate("one in flight", partial(generate, 1), check),
+            Candidate("two in flight", partial(generate, 2), check),
+        ],
+        wall=True,
+        units=blocks,
         at_least=3,
     )
 

@@ -150,6 +150,12 @@ def _kept(kept: int, decided: int, dtype: str = "float8_e4m3fn") -> Callable[[Ro
     return about
 
 
+def _streamed(op: str) -> Callable[[Row], bool]:
+    """Return whether a row is 1.3B alone on the diagonal schedule, one block after the other."""
+    shape, turn = "Wan 1.3B alone 480x832", "one in flight"
+    return lambda row: row.op == op and row.shape.startswith(shape) and row.implementation == turn
+
+
 def _decoded(row: Row) -> bool:
     fits = row.shape.startswith("B=1 F=12 H=480 W=832")
     return row.op == "vae_decode" and fits and row.dtype == "bfloat16"
@@ -319,6 +325,20 @@ TARGETS = (
         most=1.25,
     ),
     Target("a decoded block of 12 frames, 480x832", "120 ms", _decoded, _milliseconds, most=120),
+    Target(
+        "a video of Wan 1.3B alone, 4, 3, then 2 steps a block, tiny decoder",
+        "31 FPS",
+        _streamed("diagonal video"),
+        _frames_per_second,
+        least=31,
+    ),
+    Target(
+        "the same, its first 9 frames from the call on",
+        "0.37 s",
+        _streamed("first frames"),
+        _seconds,
+        most=0.37,
+    ),
     Target(
         "SDVG, 1.3B for 14B, 73.1% of the drafts kept (8 of 11), scorer not counted",
         "16 FPS",
