@@ -33,7 +33,7 @@ STOREYS = (
     ("report", "sweep", "bench", "env", "quality", "recipes", "arguments", "console"),
     ("token_sweep",),
     ("vvs_sweep", "distill_sweep"),
-    ("token_cli",),
+    ("token_cli", "distill_report"),
     ("cli", "pipeline", "adapters", "train"),
 )
 # ... and from these of its own

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from tqdm import tqdm
 
-from sdvg import bench, env
+from sdvg import bench, distill_report, env
 from sdvg import distill_sweep as distill
 from sdvg.commit import policy
 from sdvg.console import (
@@ -65,7 +65,8 @@ def generate(args: argparse.Namespace) -> int:
     from sdvg.models import embedded
 
     router, choice, commit = _router(args), choose(args), policy(args.commit)
-    args.drafter_cache = args.drafter_cache or ("own" if args.run_ahead else "synced")
+    ahead = args.run_ahead or args.in_flight != 1
+    args.drafter_cache = args.drafter_cache or ("own" if ahead else "synced")
     paths = output_paths(args.out, len(args.prompt))
     with Aside() as aside, Interrupts() as interrupts:
         recordings = [
@@ -78,7 +79,7 @@ def generate(args: argparse.Namespace) -> int:
             pair.drafter, pair.target, pair.decoder, pair.scorer, router,
             schedule=choice.schedule, force_first=args.force_first, commit=commit,
             drafter_schedule=choice.drafter_schedule,
-            drafter_cache=args.drafter_cache, run_ahead=args.run_ahead,
+            drafter_cache=args.drafter_cache, run_ahead=args.run_ahead, in_flight=args.in_flight,
         )  # fmt: skip
         alone = SDVG(None, pair.target, pair.decoder, schedule=choice.schedule, commit=commit)
         if args.compare:
@@ -247,7 +248,7 @@ def sweep_distilled(args: argparse.Namespace) -> int:
         short = (models, embedded.quality, args.out)
         videos = distill.collect(*short, lines, count=count, blocks=args.blocks, **options)
         along = [line for line in lines if line.run in ("student", "no-forcing")]
-        along = [lines[0], *along]
+        along = [lines[0], *(line for line in along if line.in_flight == 1)]
         found = distill.collect_long(*short, along, count=long, blocks=longest, **options)
         about = (
             f"{count} prompts, {args.blocks} blocks each, {long} of {longest} blocks, seed "
@@ -257,7 +258,7 @@ def sweep_distilled(args: argparse.Namespace) -> int:
         )  # fmt: skip
         rows = distill.summarise(videos, lines, count)
         parts = distill.summarise_long(found, along, long)
-        print(*distill.write(args.out, rows, parts, videos, missing, about), sep="\n")
+        print(*distill_report.write(args.out, rows, parts, videos, missing, about), sep="\n")
     except KeyboardInterrupt:
         return interrupted_sweep(args.out / "distill.jsonl")
     return 0
@@ -380,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
         help="the drafter's steps, falling within [0, 1000]; default: of its schedule")  # fmt: skip
     add("--drafter-cache", metavar="own | synced",
         help="what drafts go on from: synced, the final blocks (default), or own, the drafter's "
-        "own, as in the paper (default with --run-ahead, which needs it)")  # fmt: skip
+        "own, as in the paper (with --run-ahead and --in-flight, which need it)")  # fmt: skip
     add("--blocks", type=int, default=9)
     add("--seed", type=int, default=0)
     # the embedded models are too small for more, and threads that wait for each other slow them
@@ -399,6 +400,9 @@ def parser() -> argparse.ArgumentParser:
     add("--force-first", action=argparse.BooleanOptionalAction, default=True,
         help="block 0 is always the target's")  # fmt: skip
     add("--run-ahead", type=int, default=0, help="blocks that drafts may be ahead of the verdicts")
+    add("--in-flight", type=int, default=1,
+        help="drafts made side by side in one forward: 2, the same video to rounding, in fewer "
+        "forwards; more, another video")  # fmt: skip
     add("--fps", type=int, default=16)
     add("--compare", action="store_true", help="also run the target alone: a measured speed-up")
     new.set_defaults(run=generate)

@@ -22,29 +22,12 @@ from sdvg.models import embedded
 from sdvg.schedule import Schedule, preset, warp
 from sdvg.store import fill
 from sdvg.sweep import digest, prompts, resamples
-from sdvg.token_sweep import (
-    PICTURED,
-    Found,
-    Grade,
-    error_bars,
-    grades,
-    keep_frames,
-    new_figure,
-    pictured,
-    write_files,
-)
+from sdvg.token_sweep import PICTURED, Found, Grade, grades, keep_frames
 from sdvg.types import CausalModel, Decoder
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
-NAME = "diagonal_distill"
-COLUMNS = (
-    "model", "schedule", "forcing", "flow",
-    "quality", "quality_low", "quality_high", "motion", "seconds", "videos",
-)  # fmt: skip
-LONG_COLUMNS = (*COLUMNS[:4], "blocks", *COLUMNS[4:8], "videos")
 # folder of a run -> its name in the table
 RUNS = {
     "student": "student",
@@ -56,8 +39,8 @@ RUNS = {
 MANY = 16
 # blocks of a long video, and of each graded part of it
 LONG, PART = 30, 5
-# share of the teacher's quality that the student is to keep, and how much a long video may lose
-KEPT, DRIFT = 0.98, 0.03
+# how many blocks of the student are made side by side, beside one after the other
+FLIGHTS = (2, 3)
 # of the frames, in the picture
 EVERY = 5
 
@@ -75,6 +58,8 @@ class Line(NamedTuple):
     flow: float | None = None
     # of a student's transformer
     folder: Path | None = None
+    # how many of its blocks are made side by side
+    in_flight: int = 1
 
     @property
     def model(self) -> str:
@@ -90,7 +75,8 @@ class Line(NamedTuple):
     @property
     def label(self) -> str:
         """Its name in plots."""
-        return f"{self.run} {self.steps}"
+        beside = f", {self.in_flight} in flight" if self.in_flight > 1 else ""
+        return f"{self.run} {self.steps}{beside}"
 
     @property
     def key(self) -> str:
@@ -104,7 +90,8 @@ class Row(NamedTuple):
     line: Line
     quality: Grade
     motion: Grade
-    # mean per video
+    # until a video's first frames, and of a whole video; means
+    first_seconds: float
     seconds: float
     videos: int
 
@@ -121,18 +108,12 @@ class Part(NamedTuple):
     videos: int
 
 
-class Shown(NamedTuple):
-    """A line of the picture."""
-
-    key: str
-
-
 Models = Callable[[Line], tuple[CausalModel, Decoder]]
 Judge = Callable[..., embedded.Quality]
 
 
 def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
-    """Return the table's lines and the runs that `students` lacks.
+    """Return the tables' lines and the runs that `students` lacks.
 
     Args:
         weights: the embedded models' folder; its target is the teacher.
@@ -153,6 +134,8 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
             steps = Schedule(told.timesteps, clean_pass=told.clean_pass)
             source = students / run
             found.append(Line(run, steps, digest(source), told.forcing, told.flow, source))
+    # side by side: last, as they are no models of their own
+    found += [found[0]._replace(in_flight=count) for count in FLIGHTS]
     whole = digest(weights, embedded.TARGETS["teacher"])
     many = Schedule((warp([1000 * (MANY - step) / MANY for step in range(MANY)]),))
     # the four that SDVG's target takes, and as few as a student's later blocks have
@@ -189,13 +172,14 @@ def collect(
     named = {line.key: line for line in lines}
 
     def make(n: int, key: str, length: int = blocks) -> dict[str, object]:
-        frames, seconds = makers.video(named[key], texts[n], n, length)
+        frames, first, seconds = makers.video(named[key], texts[n], n, length)
         video = torch.cat(frames)
         if n < PICTURED and length == blocks:
             keep_frames(folder, n, named[key].label, video[::EVERY])
         judged = judge(video, texts[n])._asdict()
         grade = {name: round(float(value), 5) for name, value in judged.items()}
-        return {"prompt": n, "method": key, "seconds": round(seconds, 5), **grade}
+        spent = {"first": round(first, 5), "seconds": round(seconds, 5)}
+        return {"prompt": n, "method": key, **spent, **grade}
 
     def warm_up(n: int) -> None:
         for key in named:
@@ -224,7 +208,7 @@ def collect_long(
     named = {line.key: line for line in lines}
 
     def make(n: int, key: str) -> dict[str, object]:
-        frames, _ = makers.video(named[key], texts[n], n, blocks)
+        frames, *_ = makers.video(named[key], texts[n], n, blocks)
         judged = [
             judge(torch.cat(frames[first : first + PART]), texts[n], segment=True)
             for first in range(0, blocks, PART)
@@ -250,26 +234,36 @@ class _Makers:
 
     def video(
         self, line: Line, prompt: str, number: int, blocks: int
-    ) -> tuple[list[Tensor], float]:
-        """Return the frames of each block, and the seconds; noise is keyed by the number."""
+    ) -> tuple[list[Tensor], float, float]:
+        """Return the frames of each block, and the seconds of the first and of all.
+
+        Noise is keyed by the number.
+        """
         if line.key not in self._models:
             self._models[line.key] = self._load(line)
         target, decoder = self._models[line.key]
-        loop = SDVG(None, target, decoder, schedule=line.schedule)
-        began = time.perf_counter()
-        made = loop.generate([prompt], num_blocks=blocks, seed=self._seed, sequences=[number])
-        frames = [block.frames[0] for block in made]
-        return frames, time.perf_counter() - began
+        loop = SDVG(None, target, decoder, schedule=line.schedule, in_flight=line.in_flight)
+        began, frames, ends = time.perf_counter(), [], []
+        for block in loop.generate(
+            [prompt], num_blocks=blocks, seed=self._seed, sequences=[number]
+        ):
+            frames.append(block.frames[0])
+            ends.append(time.perf_counter() - began)
+        return frames, ends[0], ends[-1]
 
 
 def summarise(videos: Found, lines: Sequence[Line], count: int) -> list[Row]:
     """Return one row for each of `lines`, the first being what the others are held to."""
-    motions = grades(_motions(videos), lines, count)
-    both = zip(lines, grades(videos, lines, count), motions, strict=True)
+    moved = grades(motions(videos), lines, count)
+    both = zip(lines, grades(videos, lines, count), moved, strict=True)
     return [
         Row(
             line, quality, motion,
-            float(np.mean([videos[n, line.key]["seconds"] for n in range(count)])), count,
+            *(
+                float(np.mean([videos[n, line.key][name] for n in range(count)]))
+                for name in ("first", "seconds")
+            ),
+            count,
         )
         for line, quality, motion in both
     ]  # fmt: skip
@@ -313,216 +307,6 @@ def difference(
     return float((mine - its).mean()), float(low), float(high)
 
 
-def write(
-    folder: Path,
-    rows: Sequence[Row],
-    parts: Sequence[Part],
-    videos: Found,
-    missing: Sequence[str],
-    about: str,
-) -> list[Path]:
-    """Write the tables, the plots and the frames side by side; return their paths.
-
-    Raises ImportError where matplotlib is missing, before anything is written.
-    """
-    figures = {NAME: plot(rows), f"{NAME}_long": plot_long(parts)}
-    shown = [
-        Shown(row.line.label)
-        for row in rows
-        if row is rows[0] or row.line.run in ("student", "flat")
-    ]
-    strips = pictured(folder, shown, PICTURED)
-    if strips is not None:
-        figures[f"{NAME}-frames"] = strips
-    tables = {
-        NAME: [COLUMNS, *map(_cells, rows)],
-        f"{NAME}_long": [LONG_COLUMNS, *map(_long_cells, parts)],
-    }
-    text = _table(rows, parts, _claims(rows, parts, videos), missing, about)
-    return write_files(folder, tables, {NAME: text}, figures)
-
-
-def plot(rows: Sequence[Row]) -> Figure:
-    """Return quality and motion of each line with 95% intervals; ImportError sans matplotlib."""
-    figure = new_figure((8, 0.55 * len(rows) + 1.4))
-    axes = figure.add_subplot()
-    heights = np.arange(len(rows))[::-1]
-    for name, colour, marker, shift in (
-        ("quality", "#2e9e44", "o", 0.12), ("motion", "#2f6fb7", "s", -0.12),
-    ):  # fmt: skip
-        each = [getattr(row, name) for row in rows]
-        axes.errorbar(
-            [grade.quality for grade in each], heights + shift, xerr=error_bars(each),
-            label=name, color=colour, marker=marker, linestyle="none", markersize=5,
-            elinewidth=0.9, capsize=2,
-        )  # fmt: skip
-    whole = rows[0].quality.quality
-    axes.axvline(whole, color="#1c1c1c", linewidth=0.8, alpha=0.5)
-    axes.axvline(
-        KEPT * whole, color="#1c1c1c", linewidth=0.8, linestyle=":",
-        label=f"{KEPT:.0%} of the teacher's quality",
-    )  # fmt: skip
-    axes.set_yticks(heights, [row.line.label for row in rows], fontsize=8)
-    axes.set_xlabel("judge, 0 to 1")
-    axes.set_title(f"Steps a block, {rows[0].videos} prompts, 95% confidence", fontsize=11)
-    axes.grid(alpha=0.25, axis="x")
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    return figure
-
-
-def plot_long(parts: Sequence[Part]) -> Figure:
-    """Return quality along long videos with 95% intervals; ImportError without matplotlib."""
-    figure = new_figure((8, 4.5))
-    axes = figure.add_subplot()
-    colours = {"teacher": "#1c1c1c", "student": "#2e9e44", "no-forcing": "#c23b22"}
-    for line in dict.fromkeys(part.line for part in parts):
-        mine = [part for part in parts if part.line == line]
-        each = [part.quality for part in mine]
-        axes.errorbar(
-            [f"{part.first + 1} to {part.last + 1}" for part in mine],
-            [grade.quality for grade in each], yerr=error_bars(each), label=line.label,
-            color=colours.get(line.run, "#a8a8a8"), marker="o", markersize=4, linewidth=1.2,
-            elinewidth=0.7, capsize=2,
-        )  # fmt: skip
-    axes.set_xlabel("blocks")
-    axes.set_ylabel("quality (judge, 0 to 1)")
-    axes.set_title(f"Along a long video, {parts[0].videos} prompts, 95% confidence", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def _motions(videos: Found) -> Found:
+def motions(videos: Found) -> Found:
     """Return the videos with their motion in place of their quality."""
     return {key: {"value": video["motion"]} for key, video in videos.items()}
-
-
-def _told(line: Line) -> tuple[str, str, str, str]:
-    """Return the first four columns; empty where the teacher has nothing to say."""
-    forcing = "" if line.forcing is None else str(line.forcing).lower()
-    return line.model, line.steps, forcing, "" if line.flow is None else f"{line.flow:g}"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        *_told(row.line),
-        *(f"{number:.4f}" for number in row.quality[:3]),
-        f"{row.motion.quality:.4f}",
-        f"{row.seconds:.4f}",
-        str(row.videos),
-    )
-
-
-def _long_cells(part: Part) -> tuple[str, ...]:
-    return (
-        *_told(part.line),
-        f"{part.first}-{part.last}",
-        *(f"{number:.4f}" for number in part.quality[:3]),
-        f"{part.motion:.4f}",
-        str(part.videos),
-    )
-
-
-def _table(
-    rows: Sequence[Row],
-    parts: Sequence[Part],
-    claims: Sequence[str],
-    missing: Sequence[str],
-    about: str,
-) -> str:
-    text = [
-        "# Diagonal Distillation: what is kept of the teacher, and by which part\n",
-        f"{about}\n",
-        "`schedule` has the denoising steps of block 0, 1, ..., the last for every later block; "
-        "`+clean` is the pass at timestep 0 after each, without which the next block attends to "
-        "the K/V of the last noisy step. `forcing`: trained on such K/V of its own blocks; "
-        "`flow`: weight of flow distribution matching. Quality is the judge's, legibility * (1 + "
-        "motion) / 2; `motion` is how near the digit stays to the path that was asked for. `kept` "
-        "is the share of the first line's, on the same prompts. Intervals are 95%.\n",
-        "| model | schedule | forcing | flow | quality | 95% | kept | 95% | motion | kept | 95% "
-        "| s/video |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        told = " | ".join(cell or "-" for cell in _told(row.line))
-        each = (
-            f"{grade.quality:.4f}{between} | {grade.kept:.1%} "
-            f"| {grade.kept_low:.1%} to {grade.kept_high:.1%}"
-            for grade, between in (
-                (
-                    row.quality,
-                    f" | {row.quality.quality_low:.4f} to {row.quality.quality_high:.4f}",
-                ),
-                (row.motion, ""),
-            )
-        )
-        text.append(f"| {told} | {' | '.join(each)} | {row.seconds:.4f} |")
-    if missing:
-        text.append(f"\nNot in the table, as they were not trained: {', '.join(missing)}.")
-    text += ["", *claims]
-    text += [
-        f"\n## Along videos of {parts[-1].last + 1} blocks\n",
-        f"Each part of {PART} blocks is graded from its own first frame on, where walls may have "
-        f"turned the digit. `kept` is the share of the first part's; {parts[0].videos} prompts.\n",
-        "| model | schedule | forcing | flow | blocks | quality | 95% | kept | 95% | motion |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for part in parts:
-        told = " | ".join(cell or "-" for cell in _told(part.line))
-        grade = part.quality
-        text.append(
-            f"| {told} | {part.first + 1} to {part.last + 1} | {grade.quality:.4f} "
-            f"| {grade.quality_low:.4f} to {grade.quality_high:.4f} | {grade.kept:.1%} "
-            f"| {grade.kept_low:.1%} to {grade.kept_high:.1%} | {part.motion:.4f} |"
-        )
-    return "\n".join(text) + "\n"
-
-
-def _claims(rows: Sequence[Row], parts: Sequence[Part], videos: Found) -> list[str]:
-    """Return a line for each target, as far as the table has what it is about."""
-    count = rows[0].videos
-    named = {row.line.run: row for row in rows if row.line.run != "teacher"}
-    student = named["student"]
-    text = []
-    for teacher in (row for row in rows if row.line.schedule.clean_pass):
-        if teacher.line.run == "teacher":
-            _, kept = grades(videos, (teacher.line, student.line), count)
-            _, moved = grades(_motions(videos), (teacher.line, student.line), count)
-            text.append(
-                f"- {KEPT:.0%} of the quality of the teacher at {teacher.line.steps} steps, with "
-                f"{student.line.steps}: {'yes' if kept.kept >= KEPT else 'no'}, the student keeps "
-                f"{kept.kept:.1%} ({kept.kept_low:.1%} to {kept.kept_high:.1%}), and "
-                f"{moved.kept:.1%} of its motion ({moved.kept_low:.1%} to {moved.kept_high:.1%})"
-            )
-
-    def worth(run: str, name: str = "value") -> tuple[str, str]:
-        gain, low, high = difference(videos, student.line, named[run].line, count, name)
-        verdict = "yes" if low > 0 else "no, it does harm" if high < 0 else "not shown"
-        return verdict, f"{gain:+.4f} ({low:+.4f} to {high:+.4f})"
-
-    if "flat" in named:
-        verdict, by = worth("flat")
-        verdict = "no, it is better" if verdict.startswith("no,") else verdict
-        text.append(
-            f"- The flat student ({named['flat'].line.steps} steps), trained without these losses, "
-            f"is visibly below: {verdict}; the student is better by {by}"
-        )
-    verdicts = []
-    for run, part in (("no-forcing", "Diagonal forcing"), ("no-flow", "The flow term")):
-        if run in named:
-            verdict, by = worth(run)
-            verdicts.append(verdict)
-            motion = worth(run, "motion")[1]
-            text.append(f"- {part} helps: {verdict}; quality {by}, motion {motion}")
-    if len(verdicts) == 2:
-        said = "yes" if set(verdicts) == {"yes"} else "no, or not shown by these videos"
-        text.append(f"- The parts rank as in the paper, where each helps: {said}")
-    for line in dict.fromkeys(part.line for part in parts):
-        last = [part for part in parts if part.line == line][-1]
-        grade, ends = last.quality, f"The last {PART} of {last.last + 1} blocks"
-        within = "yes" if grade.kept >= 1 - DRIFT else "no"
-        text.append(
-            f"- {ends} within {DRIFT:.0%} of the first {PART}, {line.label}: {within}, "
-            f"{grade.kept:.1%} ({grade.kept_low:.1%} to {grade.kept_high:.1%})"
-        )
-    return text

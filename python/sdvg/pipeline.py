@@ -323,6 +323,7 @@ class SDVGPipeline(DiffusionPipeline):
         drafter_cache: str = "own",
         force_first: bool = True,
         run_ahead: int = 0,
+        in_flight: int = 1,
         preview: Decoder | None = None,
         **unknown: object,
     ) -> Stream:
@@ -343,8 +344,8 @@ class SDVGPipeline(DiffusionPipeline):
                 number itself, a seed; or a list of either, one for each prompt, whose videos are
                 those that each gives alone. None: a number is drawn from torch's own generator.
             schedule, commit: None: the pipeline's own.
-            drafter_schedule, drafter_cache, force_first, run_ahead, preview: see `SDVG`; a preview
-                is `sdvg.models.vae.TinyDecoder`, say.
+            drafter_schedule, drafter_cache, force_first, run_ahead, in_flight, preview: see `SDVG`;
+                a preview is `sdvg.models.vae.TinyDecoder`, say.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, in one sentence.
@@ -371,7 +372,7 @@ class SDVGPipeline(DiffusionPipeline):
             Reward(tau) if router is None else router,
             schedule=schedule or self.config.schedule, drafter_schedule=drafter_schedule,
             force_first=force_first, commit=chosen, drafter_cache=drafter_cache,
-            run_ahead=run_ahead, preview=preview,
+            run_ahead=run_ahead, in_flight=in_flight, preview=preview,
         )  # fmt: skip
         self._encoded.clear()
         self._generation = Stream(

@@ -145,6 +145,7 @@ def test_drafter_timesteps_are_the_drafters_alone(pair: Pair) -> None:
         ("--router", "always", "--commit", "recompute:3", "--schedule", "krea"),
         ("--router", "never", "--commit", "eager", "--drafter-cache", "synced"),
         ("--aggregate", "mean", "--run-ahead", "1"),
+        ("--router", "stride", "--stride", "2", "--schedule", "diagonal", "--in-flight", "2"),
     ],
 )
 def test_every_option_reaches_the_loop(
@@ -294,6 +295,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--commit late", f"commit: {COMMITS}, got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),
         ("--device gpu", "device: must be cpu, cuda, cuda:1, ..., got 'gpu'"),
+        ("--in-flight 0", "in_flight must be at least 1, got 0"),
         ("--threads 0", "threads: must be at least 1, got 0"),
         ("--fps 0", "video: fps must be at least 1, got 0"),
         ("--out a.gif", "output: --out must end in .mp4, got a.gif"),

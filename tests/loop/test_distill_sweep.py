@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdvg import distill_sweep as room
 from sdvg.cli import main
+from sdvg.distill_report import claims, write
 from sdvg.distill_sweep import (
     Line,
     collect,
@@ -22,7 +23,6 @@ from sdvg.distill_sweep import (
     lines,
     summarise,
     summarise_long,
-    write,
 )
 from sdvg.models import embedded
 from sdvg.models.embedded import EmbeddedPair, Quality
@@ -80,6 +80,7 @@ def invented(
         (n, line.key): {
             "value": means[line.run] + common[n] + spread * drawn.standard_normal(),
             "motion": means[line.run],
+            "first": 0.1,
             "seconds": 1.0,
         }
         for n in range(count)
@@ -103,9 +104,9 @@ def parts_of(ends: dict[str, tuple[float, float]], count: int = 40) -> list[room
     return summarise_long(videos, chosen, count)
 
 
-def claims(means: dict[str, float], ends: dict[str, tuple[float, float]]) -> str:
+def claimed(means: dict[str, float], ends: dict[str, tuple[float, float]]) -> str:
     chosen, videos = invented(means)
-    return "\n".join(room._claims(summarise(videos, chosen, 60), parts_of(ends), videos))
+    return "\n".join(claims(summarise(videos, chosen, 60), parts_of(ends), videos))
 
 
 def test_lines_are_the_teacher_and_what_was_trained(tmp_path: Path) -> None:
@@ -120,12 +121,15 @@ def test_lines_are_the_teacher_and_what_was_trained(tmp_path: Path) -> None:
         ("student", "4/3/2", False, 1.0),
         ("student", "4/3/2", True, 0.0),
         ("flat-student", "2", False, 0.0),
+        ("student", "4/3/2", True, 1.0),
+        ("student", "4/3/2", True, 1.0),
     ]
+    assert [line.in_flight for line in found] == [1] * 8 + [2, 3]
     assert not missing
     assert len({line.key for line in found}) == len(found)
     found, missing = lines(embedded.WEIGHTS, trained(tmp_path / "few", ["student", "flat"]))
     assert missing == ["no-forcing", "no-flow"]
-    assert [line.run for line in found[4:]] == ["student", "flat"]
+    assert [line.run for line in found[4:]] == ["student", "flat", "student", "student"]
     with pytest.raises(
         ValueError, match=r"students must hold student/distillation.json, got .*none"
     ):
@@ -137,13 +141,14 @@ def test_other_weights_are_other_videos(tmp_path: Path) -> None:
     keys = []
     for weights in (b"a", b"b"):
         (students / "student" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
-        keys.append(lines(embedded.WEIGHTS, students)[0][-1].key)
+        keys.append(lines(embedded.WEIGHTS, students)[0][4].key)
     assert keys[0] != keys[1]
     assert keys[0].split()[:2] == keys[1].split()[:2]
 
 
 def test_tables_plots_and_frames_are_written_and_resumed(pair: TinyPair, tmp_path: Path) -> None:
-    chosen = [TEACHER, *STUDENTS.values()]
+    beside = [STUDENTS["student"]._replace(in_flight=count) for count in (2, 3)]
+    chosen = [TEACHER, *STUDENTS.values(), *beside]
     videos = made(pair, tmp_path, chosen)
     store = (tmp_path / "distill.jsonl").read_text()
     assert len(store.splitlines()) == 1 + 2 * len(chosen)
@@ -154,6 +159,7 @@ def test_tables_plots_and_frames_are_written_and_resumed(pair: TinyPair, tmp_pat
     assert [path.name for path in files] == [
         "diagonal_distill.csv",
         "diagonal_distill_long.csv",
+        "diagonal_distill_flight.csv",
         "diagonal_distill.md",
         *(f"diagonal_distill{name}.{kind}" for name in ("", "_long") for kind in ("png", "svg")),
         "diagonal_distill-frames.png",
@@ -172,7 +178,14 @@ def test_tables_plots_and_frames_are_written_and_resumed(pair: TinyPair, tmp_pat
     assert {row[-1] for row in table[1:]} == {"2"}
     # of whole videos: not the mark of a part
     assert {row[7] for row in table[1:]} == {"0.2500"}
-    text = files[2].read_text()
+    with files[2].open() as file:
+        flights = list(csv.DictReader(file))
+    assert [row["in_flight"] for row in flights] == ["1", "2", "3"]
+    # two side by side is the same video
+    assert flights[0]["quality"] == flights[1]["quality"]
+    assert all(0 < float(row["first_seconds"]) <= float(row["seconds"]) for row in flights)
+    text = files[3].read_text()
+    assert "| 2 | " in text.split("## Blocks side by side")[1]
     assert "About this run." in text
     assert "not trained: nothing." in text
     with pytest.raises(ValueError, match="was made with another a"):
@@ -240,17 +253,17 @@ STEADY = {"student": (0.9, 0.89), "no-forcing": (0.9, 0.6)}
     ],
 )
 def test_claims_follow_the_videos(change: dict[str, float], said: str) -> None:
-    assert re.search(said, claims(BASE | change, STEADY))
+    assert re.search(said, claimed(BASE | change, STEADY))
 
 
 def test_drift_is_judged_for_each_line() -> None:
-    text = claims(BASE, STEADY)
+    text = claimed(BASE, STEADY)
     assert re.search(r"last 5 of 10 blocks within 3% of the first 5, student 4/3/2: yes, 9", text)
     assert re.search(r"within 3% of the first 5, no-forcing 4/3/2: no, 66\.\d% \(66", text)
 
 
 def test_what_was_not_trained_claims_nothing() -> None:
-    text = claims({"teacher": 0.9, "student": 0.9}, {"student": (0.9, 0.9)})
+    text = claimed({"teacher": 0.9, "student": 0.9}, {"student": (0.9, 0.9)})
     assert "helps" not in text
     assert "visibly" not in text
     assert "98%" in text

@@ -87,6 +87,8 @@ def test_base_and_update_run_the_diagonal_schedule_in_both_formats(
     assert torch.equal(run(pipeline(target=tmp_path / "merged"))[0], latents)
     del files["target_lora"]
     assert (run(pipeline(**files))[0] - latents).abs().max() > 1e-3
+    # two blocks side by side are the same video
+    torch.testing.assert_close(run(stock, in_flight=2)[0], latents, atol=1e-4, rtol=1e-4)
     # twelve frames in all: the sink's three and nine more
     assert original._models["transformer"][1].cache.window == 9 * 4
     assert original._models["transformer"][1].cache.sink == 3 * 4
