@@ -306,7 +306,7 @@ def plot(rows: Sequence[Row], older: Sequence[Row] = ()) -> Figure:
                       [row.speedup_high - row.speedup for row in mine]],
                 yerr=[[row.quality - row.quality_low for row in mine],
                       [row.quality_high - row.quality for row in mine]],
-                label=f"{label}, other drafter" if pale else label, color=colour, marker=marker,
+                label=None if pale else label, color=colour, marker=marker,
                 markersize=11 if marker == "*" else 5, linewidth=1.2, elinewidth=0.7, capsize=2,
                 alpha=0.4 if pale else 1, linestyle=":" if pale else "-",
                 markerfacecolor="none" if pale else colour,
@@ -321,7 +321,19 @@ def plot(rows: Sequence[Row], older: Sequence[Row] = ()) -> Figure:
     axes.set_ylabel("quality (judge, 0 to 1)")
     axes.set_title(f"Quality against speed, {rows[0].videos} prompts, 95% confidence", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7 if older else 8, frameon=False, loc="lower left")
+    if not older:
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
+        return figure
+    share, speedup = DISTILLED_POINT
+    whole = next(row.quality for row in rows if row.method == "target")
+    axes.plot(
+        speedup, share * whole, "x", color="#c23b22", markersize=9,
+        label=f"{share:.1%} of target only, {speedup}x",
+    )  # fmt: skip
+    figure.legend(
+        title="pale and dotted: the other drafter", title_fontsize=8, fontsize=8, frameon=False,
+        loc="outside lower center", ncols=4,
+    )  # fmt: skip
     return figure
 
 
