@@ -12,8 +12,9 @@ Rows are blocks, columns forwards; a `c` is a clean pass. Two in flight:
 A block's first step runs in the last forward of the block before, under the block-causal mask. That
 forward makes the very keys that the block before leaves in the cache, so the video is that of one
 block after the other, to rounding, in fewer and larger forwards: one a block where blocks have two
-steps, a clean pass for nothing where there are some. With three in flight or more, first steps
-attend to blocks that are not done: that video is another one.
+steps, a clean pass for nothing where there are some. Without a clean pass the first frames come a
+little later: the forward that ends their block has two blocks in it. With three in flight or more,
+first steps attend to blocks that are not done: that video is another one.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Grid(CachedModel):
         self._flights = moved
 
     def _left(self, flight: Flight) -> int:
-        """Return how many forwards a block still needs; the video's last one needs no clean pass."""
+        """Return how many forwards a block still needs; the last one needs no clean pass."""
         clean = self.schedule.clean_pass and flight.block < self._num_blocks - 1
         return len(self.schedule.steps(flight.block)) + clean - flight.made
 

@@ -29,8 +29,9 @@ pytest.importorskip("diffusers", reason="the models are diffusers' classes")
 DIAGONAL = preset("diagonal")
 # the same steps with a clean pass, which costs a forward a block
 CLEAN = Schedule(DIAGONAL.timesteps)
-SIDES = list(itertools.product((DIAGONAL, CLEAN), repeat=2))[:3]
-NAMES = ["both", "target", "drafter"]
+# (the drafter's, the target's)
+SIDES = list(itertools.product((DIAGONAL, CLEAN), repeat=2))
+NAMES = ["both", "drafter", "target", "neither"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,22 @@ def test_the_cache_holds_the_last_noisy_steps_keys_bit_for_bit(pair: TinyPair) -
         part = slice(block * tokens, (block + 1) * tokens)
         torch.testing.assert_close(cache[0, 0, :, part], turned.float(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(cache[1, 0, :, part].flatten(2), value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_of_twelve_frames_is_the_last_four_blocks() -> None:
+    model = tiny_wan(seed=2, layers=1, sink_frames=0, window_frames=12)
+    noises = torch.randn(6, 1, *model.block_shape)
+
+    def last(changed: int) -> Tensor:
+        model.start(["a"])
+        for block, x in enumerate(noises):
+            x = x + (block == changed)
+            out = model.denoise(x, DIAGONAL.steps(block)[-1], start_frame=3 * block)
+            model.keep(start_frame=3 * block)
+        return out
+
+    whole = last(-1)
+    assert [torch.equal(last(block), whole) for block in range(5)] == [True, True] + [False] * 3
 
 
 @pytest.mark.parametrize("commit", COMMITS, ids=str)
