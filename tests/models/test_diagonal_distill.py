@@ -50,11 +50,10 @@ def distiller(
         Settings(),
         Settings(forcing=False),
         Settings(context_noise=0.1),
-        Settings(repair=0.5),
         Settings(schedule=preset("self_forcing")),
         Settings(schedule=Schedule(((1000.0, 300.0),), clean_pass=False)),
     ],
-    ids=["diagonal", "no-forcing", "context-noise", "repair", "clean-pass", "flat"],
+    ids=["diagonal", "no-forcing", "context-noise", "clean-pass", "flat"],
 )
 def test_the_training_forward_is_the_last_step_of_the_roll_out(settings: Settings) -> None:
     made = distiller(settings)
@@ -165,7 +164,7 @@ def test_roll_outs_follow_the_weights_that_are_trained() -> None:
 def run(out: Path, *more: str) -> None:
     diagonal_distill.main(
         ["--out", str(out), "--runs", str(out.parent / "runs"), "--device", "cpu",
-         "--model", "drafter", "--fake", "student", "--clips", "16", "--batch", "2",
+         "--model", "drafter", "--score", "drafter", "--clips", "16", "--batch", "2",
          "--warm-up", "2", "--steps", "2", "--threads", "1", *more]
     )  # fmt: skip
 

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 # of the shipped runs
 WARM_UP, STEPS, BATCH, CLIPS = 700, 900, 8, 6000
-REPAIR = {"student": 0.0, "drafter": 0.2}
-SMOKE = {"model": "drafter", "fake": "student", "warm_up": 60, "steps": 20, "clips": 160}
+SMOKE = {"model": "drafter", "score": "drafter", "warm_up": 60, "steps": 20, "clips": 160}
 
 
 class Digits:
@@ -113,17 +112,16 @@ def train(
     steps: int = STEPS,
     batch: int = BATCH,
     warm_up_lr: float = 2e-3,
-    lr: float = 5e-4,
-    fake_lr: float = 1e-3,
+    lr: float = 1e-4,
+    fake_lr: float = 5e-4,
     resume: bool = False,
     seed: int = 31,
-    fake: WanTransformer3DModel | None = None,
     accelerator: Accelerator | None = None,
 ) -> WanTransformer3DModel:
     """Return the student's moving average after both phases.
 
     Writes ``runs/warm-up.pt`` and ``runs/distil.pt`` with their logs ``.csv``; `resume` goes on
-    from there. `fake` is what the model of the student's videos begins as; None: the student.
+    from there.
     """
     student = distiller.student
     common = {"runs": runs, "resume": resume, "ema": 0.99, "accelerator": accelerator}
@@ -137,7 +135,8 @@ def train(
         student.load_state_dict(average.state_dict())
     if not steps:
         return student.eval()
-    fake = copy.deepcopy(student if fake is None else fake).train().requires_grad_(True)
+    # it begins as the teacher, and is of its size: their difference is then the videos' alone
+    fake = copy.deepcopy(distiller.teacher).train().requires_grad_(True)
     both = nn.ModuleDict({"student": student, "fake": fake})
     average = fit(
         "distil", both,
@@ -160,7 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         schedule=preset(options.schedule), forcing=options.forcing,
         context_noise=options.context_noise, flow=options.flow, levels=tuple(options.levels),
         shift=options.shift, guidance=options.guidance,
-        repair=REPAIR[options.model] if options.repair is None else options.repair,
     )  # fmt: skip
     notes = _notes(options, settings)
     runs = options.out / "checkpoints"
@@ -168,11 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _claim(options.out, notes, options.resume)
     accelerator.wait_for_everyone()
     parts = _wan if options.teacher else _digits
-    distiller, source, fake = parts(options, settings, accelerator.device)
+    distiller, source = parts(options, settings, accelerator.device)
     student = train(
         distiller, source, runs, warm_up=options.warm_up, steps=options.steps,
         batch=options.batch, warm_up_lr=options.warm_up_lr, lr=options.lr, fake_lr=options.fake_lr,
-        resume=options.resume, seed=options.seed, fake=fake, accelerator=accelerator,
+        resume=options.resume, seed=options.seed, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
         student.to(torch.float16).save_pretrained(options.out)
@@ -199,8 +197,6 @@ def _parser() -> argparse.ArgumentParser:
         help="train behind the finished block noised again to this level in (0, 1), not behind the "
         "last step itself")  # fmt: skip
     add("--flow", type=float, default=1.0, help="weight of flow distribution matching; 0: none")
-    add("--repair", type=float, help="how often a block's K/V are a clean pass's, as a drafter "
-        "finds them behind a repaired block (default: 0.2 for the drafter, else 0)")  # fmt: skip
     add("--levels", type=float, nargs=2, default=[0.3, 0.9], metavar=("LOW", "HIGH"),
         help="noise levels at which scores are compared, before --shift")  # fmt: skip
     add("--shift", type=float, default=1.0, help="flow shift of those levels (Wan: 5)")
@@ -211,8 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=STEPS, help="steps of distillation")
     add("--batch", type=int, default=BATCH, help="videos of a step, on each device")
     add("--warm-up-lr", type=float, default=2e-3)
-    add("--lr", type=float, default=5e-4)
-    add("--fake-lr", type=float, default=1e-3, help="rate of the model of the student's videos")
+    add("--lr", type=float, default=1e-4)
+    add("--fake-lr", type=float, default=5e-4, help="rate of the model of the student's videos")
     add("--seed", type=int, default=31)
     add("--checkpointing", action="store_true", help="run layers again in the backward pass")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one")
@@ -223,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the student is of the base's size, the drafter of the shipped one's")  # fmt: skip
     add("--start", type=Path,
         help="warm-up.pt of another run: begin as after its warm-up, with --warm-up 0")  # fmt: skip
-    add("--fake", choices=("base", "student"), default="base",
-        help="what the model of the student's videos begins as")  # fmt: skip
+    add("--score", choices=("base", "target", "drafter"), default="base",
+        help="the many-step model whose score teaches")  # fmt: skip
     add("--runs", type=Path, default=Path("runs"),
         help="where stage base of sdvg.train.digits left base.pt; clips stay there")  # fmt: skip
     add("--clips", type=int, default=CLIPS, help="clips encoded for the warm-up")
@@ -247,7 +243,7 @@ def _notes(options: argparse.Namespace, settings: Settings) -> dict[str, object]
     method = asdict(settings)
     schedule = method.pop("schedule")
     names = ("warm_up", "steps", "batch", "warm_up_lr", "lr", "fake_lr", "seed")
-    digits = {name: getattr(options, name) for name in ("model", "fake", "clips")}
+    digits = {name: getattr(options, name) for name in ("model", "score", "clips")}
     digits["start"] = None if options.start is None else str(options.start)
     teacher = {"teacher": str(options.teacher)} if options.teacher else digits
     return schedule | method | {name: getattr(options, name) for name in names} | teacher
@@ -270,23 +266,22 @@ def _claim(out: Path, notes: dict[str, object], resume: bool) -> None:
 
 def _digits(
     options: argparse.Namespace, settings: Settings, device: torch.device
-) -> tuple[Distiller, Digits, WanTransformer3DModel | None]:
-    """Return the embedded models, clips of digits, and what the videos' model begins as."""
+) -> tuple[Distiller, Digits]:
+    """Return the embedded models and clips of digits."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    def shipped(part: str) -> WanTransformer3DModel:
-        return WanTransformer3DModel.from_pretrained(WEIGHTS / part).float().to(device)
-
-    def base() -> WanTransformer3DModel:
-        return transformer.load_base(options.runs).to(device)
+    def named(name: str) -> WanTransformer3DModel:
+        if name == "base":
+            return transformer.load_base(options.runs).to(device)
+        folder = WEIGHTS / ("transformer" if name == "target" else name)
+        return WanTransformer3DModel.from_pretrained(folder).float().to(device)
 
     drafter = options.model == "drafter"
-    student = shipped("drafter") if drafter else base()
+    teacher, student = named(options.score), named("drafter" if drafter else "base")
     if options.start is not None:
         if options.warm_up:
             raise ValueError("distil: --start must come with --warm-up 0: it is a warm-up's end")
         student.load_state_dict(torch.load(options.start, weights_only=True)["average"])
-    fake = base() if options.fake == "base" else None
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae").float().eval()
     clips = transformer.encode_clips(vae, options.clips, options.runs)
     encoder = text_encoder(WEIGHTS)
@@ -299,15 +294,15 @@ def _digits(
         )  # fmt: skip
 
     distiller = Distiller(
-        shipped("transformer"), student, encoder, cached, blocks=BLOCKS,
+        teacher, student, encoder, cached, blocks=BLOCKS,
         checkpointing=options.checkpointing, settings=settings,
     )  # fmt: skip
-    return distiller, Digits(clips, UNSEEN if drafter else ()), fake
+    return distiller, Digits(clips, UNSEEN if drafter else ())
 
 
 def _wan(
     options: argparse.Namespace, settings: Settings, device: torch.device
-) -> tuple[Distiller, Lines, None]:
+) -> tuple[Distiller, Lines]:
     """Return any Wan models and the prompts of a file."""
     from sdvg.models.checkpoints import load_transformer
 
@@ -334,7 +329,7 @@ def _wan(
         teacher, student, text, cached, blocks=options.blocks,
         checkpointing=options.checkpointing, settings=settings,
     )  # fmt: skip
-    return distiller, Lines(options.prompts), None
+    return distiller, Lines(options.prompts)
 
 
 if __name__ == "__main__":
