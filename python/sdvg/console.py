@@ -50,9 +50,13 @@ def choose(args: argparse.Namespace) -> Choice:
 
     diagonal = args.schedule is not None and args.schedule.partition(":")[0] == "diagonal"
     usual = ("student", "diagonal") if diagonal else ("teacher", "four-step")
-    target = _model("target", args.target or usual[0], embedded.TARGETS)
-    drafter = _model("drafter", args.drafter or usual[1], embedded.DRAFTERS)
-    schedule = preset(args.schedule) if args.schedule else _own(target) or preset("self_forcing")
+    given = (args.target, args.drafter)
+    named = [default if name is None else name for name, default in zip(given, usual, strict=True)]
+    target = _model("target", named[0], embedded.TARGETS)
+    drafter = _model("drafter", named[1], embedded.DRAFTERS)
+    schedule = _own(target) or preset("self_forcing")
+    if args.schedule is not None:
+        schedule = preset(args.schedule)
     drafting = schedule if diagonal else _own(drafter)
     if _own(drafter) is None:
         drafting = schedule if schedule.clean_pass else preset("self_forcing")
@@ -71,7 +75,7 @@ def steps_of(schedule: Schedule) -> str:
 def _model(part: str, given: str, names: Iterable[str]) -> str | Path:
     if given in names:
         return given
-    if not Path(given).is_dir():
+    if not given or not Path(given).is_dir():
         raise ValueError(f"{part}: must be {', '.join(names)}, or a folder, got {given!r}")
     return Path(given)
 

@@ -68,9 +68,14 @@ class Schedule:
         flow shift. The paper's other lists are 5,4,3,2, 5,3 (the best quality) and 4,2 (the
         fastest).
 
-        Raises ValueError for no number, or one below 2: the next block sees nothing but the last
-        step's K/V, and the first step's are those of noise.
+        Raises ValueError for no number, one below 2 (the next block sees nothing but the last
+        step's K/V, and the first step's are those of noise), or one above the 1000 that models
+        are trained with.
         """
+        if any(count > 1000 for count in steps):
+            raise ValueError(
+                f"schedule: diagonal must name at most 1000 steps for each block, got {max(steps)}"
+            )
         if not steps or any(count < 2 for count in steps):
             raise ValueError(
                 f"schedule: diagonal must name at least 2 steps for each block, got {list(steps)}; "

@@ -291,6 +291,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, run: Callable[[], i
         ("--router best", f"router: must be one of {', '.join(ROUTERS)}, got 'best'"),
         ("--schedule fast", f"schedule: preset must be one of {PRESETS}, got 'fast'"),
         ("--drafter x", "drafter: must be four-step, diagonal, or a folder, got 'x'"),
+        ("--drafter=", "drafter: must be four-step, diagonal, or a folder, got ''"),
         ("--target 4", "target: must be teacher, student, or a folder, got '4'"),
         ("--commit late", f"commit: {COMMITS}, got 'late'"),
         ("--commit recompute:x", f"commit: {COMMITS}, got 'recompute:x'"),

@@ -178,6 +178,10 @@ def test_a_request_of_the_wrong_type_is_named_in_one_sentence(
         (lambda: Schedule(((0.0,),)), r"must fall within \[0, 1000\] from above 0"),
         (lambda: Schedule(((1200.0,),)), r"must fall within \[0, 1000\]"),
         (lambda: Schedule.diagonal(()), r"at least 2 steps for each block, got \[\]"),
+        (
+            lambda: preset("diagonal:9999999999"),
+            r"at most 1000 steps for each block, got 9999999999",
+        ),
         (lambda: preset("diagonal:4,1"), r"at least 2 steps for each block, got \[4, 1\]; the K"),
         (lambda: preset("diagonal:4,x"), "preset must be one of .*, got 'diagonal:4,x'"),
         (lambda: preset("krea:4"), "preset must be one of .*, got 'krea:4'"),
