@@ -268,7 +268,8 @@ def _older(args: argparse.Namespace, choice: Choice) -> list[Row] | None:
     """Return the rows of another drafter's sweep to compare with; None: nothing is compared."""
     path = args.against
     if path is None:
-        if choice.drafter == "four-step":
+        # other targets are other wholes
+        if choice.drafter == "four-step" or choice.target != "teacher":
             return None
         # of a checkout; an installed package has no results
         path = Path(__file__).parents[2] / "benchmarks" / "results" / "digits" / "sweep.csv"

@@ -573,6 +573,9 @@ def test_a_sweep_of_a_diagonal_drafter_is_held_against_another_front(
     # this repository's own front is the default
     assert main([*arguments, "--out", "new"]) == 0
     assert table != (tmp_path / "new" / "table.md").read_text()
+    # another target is not held against it
+    assert main([*arguments, "--out", "other", "--target", "student"]) == 0
+    assert "2.6x" not in (tmp_path / "other" / "table.md").read_text()
     capsys.readouterr()
     for options, said in (
         (["--out", "old", *against], "against: old/sweep.csv must not be overwritten"),
