@@ -113,13 +113,9 @@ class Grid(CachedModel):
         made = self.model.denoise_blocks(given, levels, start_frame=start_frame)
         moved = []
         for flight, latents in zip(flights, made.split(size, dim=1), strict=True):
-            steps = len(self.schedule.steps(flight.block))
-            if flight.made < steps:
-                flight = flight._replace(latents=latents)
-            flight = flight._replace(made=flight.made + 1)
-            if flight.made == steps:
-                self._ready[flight.block] = flight.latents
-            moved.append(flight)
+            moved.append(Flight(flight.block, flight.made + 1, latents))
+            if moved[-1].made == len(self.schedule.steps(flight.block)):
+                self._ready[flight.block] = latents
         if not self._left(moved[0]):
             self.model.keep(start_frame=start_frame)
             self._fill(None, start_frame)
