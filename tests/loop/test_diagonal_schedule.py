@@ -215,15 +215,15 @@ def test_lazy_equals_eager_and_a_batch_its_sequences(
         "schedule": schedule, "drafter_schedule": drafting, "drafter_cache": drafter_cache
     }  # fmt: skip
     lazy = speculate(pair64, Random(0.5), **options)
-    together = blocks_of(lazy)
+    together = blocks_of(lazy, num_blocks=4)
     require_both_verdicts(together)
-    eager = blocks_of(speculate(pair64, Random(0.5), commit="eager", **options))
+    eager = blocks_of(speculate(pair64, Random(0.5), commit="eager", **options), num_blocks=4)
     torch.testing.assert_close(latents(together), latents(eager), rtol=0, atol=1e-10)
-    alone = blocks_of(lazy, PROMPTS[1:2], sequences=[1])
+    alone = blocks_of(lazy, PROMPTS[1:2], sequences=[1], num_blocks=4)
     torch.testing.assert_close(latents(together)[1:2], latents(alone), rtol=0, atol=1e-10)
     torch.testing.assert_close(video(together)[1:2], video(alone), rtol=0, atol=1e-10)
     if drafter_cache == "own":
-        ahead = blocks_of(speculate(pair64, Random(0.5), run_ahead=2, **options))
+        ahead = blocks_of(speculate(pair64, Random(0.5), run_ahead=2, **options), num_blocks=4)
         torch.testing.assert_close(latents(ahead), latents(together), rtol=0, atol=1e-10)
 
 
@@ -233,12 +233,15 @@ def test_the_laws_of_the_loop_hold_bitwise(
     pair: TinyPair, drafting: Schedule, schedule: Schedule, commit: object
 ) -> None:
     options = {"schedule": schedule, "drafter_schedule": drafting, "commit": commit}
-    never = blocks_of(speculate(pair, Never(), **options))
+    prompts = PROMPTS[:2]
+    never = blocks_of(speculate(pair, Never(), **options), prompts, num_blocks=4)
     target_only = SDVG(None, pair.target, pair.decoder, schedule=schedule, commit=commit)
-    assert torch.equal(video(never), video(blocks_of(target_only)))
-    always = blocks_of(speculate(pair, Always(), force_first=False, **options))
-    drafts = blocks_of(SDVG(pair.drafter, None, pair.decoder, schedule=drafting))
-    assert torch.equal(video(always), video(drafts))
+    assert torch.equal(video(never), video(blocks_of(target_only, prompts, num_blocks=4)))
+    always = blocks_of(
+        speculate(pair, Always(), force_first=False, **options), prompts, num_blocks=3
+    )
+    drafts = SDVG(pair.drafter, None, pair.decoder, schedule=drafting)
+    assert torch.equal(video(always), video(blocks_of(drafts, prompts, num_blocks=3)))
 
 
 def test_a_synced_drafter_goes_on_from_repaired_blocks_noised(pair: TinyPair) -> None:
