@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +193,46 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     assert (notes["forcing"], notes["flow"], notes["clean_pass"]) == (True, 1, False)
     with pytest.raises(ValueError, match=r"of the run that is resumed, got another flow; give"):
         run(tmp_path / "broken", "--resume", "--flow", "0")
+
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from sdvg.train.loop import fit
+
+def trained(name, ranks, accelerator=None):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(16, 16)
+    def loss(g, step):
+        draws = [g] if ranks is None else [
+            torch.Generator().manual_seed((rank << 40) + step) for rank in ranks
+        ]
+        parts = [net(torch.randn(8, 16, generator=g)).square().mean() for g in draws]
+        return {"loss": sum(parts) / len(parts)}
+    fit(name, net, loss, steps=5, lr=1e-2, runs=Path(sys.argv[1]), accelerator=accelerator)
+    return net.weight.detach()
+
+accelerator = Accelerator(cpu=True)
+together = trained("together", None, accelerator)
+both = accelerator.gather(together[None])
+assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+if accelerator.is_main_process:
+    torch.testing.assert_close(together, trained("alone", (0, 1)))
+    assert not torch.equal(together, trained("half", (0,)))
+"""
+
+
+def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "--master_port", "0", str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

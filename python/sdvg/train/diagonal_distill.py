@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import shutil
 from collections.abc import Sequence
@@ -166,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _claim(options.out, notes, options.resume)
     accelerator.wait_for_everyone()
     parts = _wan if options.teacher else _digits
-    distiller, source = parts(options, settings, accelerator.device)
+    # the first process encodes clips, the others read them
+    with accelerator.main_process_first():
+        distiller, source = parts(options, settings, accelerator.device)
     student = train(
         distiller, source, runs, warm_up=options.warm_up, steps=options.steps,
         batch=options.batch, warm_up_lr=options.warm_up_lr, lr=options.lr, fake_lr=options.fake_lr,
@@ -174,9 +177,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if accelerator.is_main_process:
         student.to(torch.float16).save_pretrained(options.out)
-        for log in sorted(runs.glob("*.csv")):
-            shutil.copy(log, options.out / log.name)
-        print(options.out)
+        logs = [Path(shutil.copy(log, options.out)) for log in sorted(runs.glob("*.csv"))]
+        # a phase of under 20 steps has no log
+        if logs:
+            curves(logs, options.out / "curves.png")
+        print(*(f"{log.name}: {_change(log)}" for log in logs), options.out, sep="\n")
+
+
+def curves(logs: Sequence[Path], path: Path) -> None:
+    """Draw every column of the logs of `fit` over its steps; ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("distil: curves need matplotlib: pip install 'sdvg[plots]'") from error
+    figure = Figure(figsize=(4.5 * len(logs), 3.2), layout="constrained")
+    for axes, log in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs, strict=True):
+        rows = _rows(log)
+        for name in [*rows[0]][3:] if rows else ():
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axes.set_title(log.stem, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _rows(log: Path) -> list[dict[str, float]]:
+    with log.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _change(log: Path) -> str:
+    """Return a sentence on the loss at a log's ends."""
+    rows = _rows(log)
+    return f"loss {rows[0]['loss']:.3f} at first, {rows[-1]['loss']:.3f} at last"
 
 
 def _parser() -> argparse.ArgumentParser:
