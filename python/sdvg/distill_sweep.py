@@ -35,6 +35,8 @@ RUNS = {
     "no-flow": "student",
     "flat": "flat-student",
 }
+# written at the end of a run
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # of the teacher: many, evenly spaced before the flow shift; more gain nothing here
 MANY = 16
 # blocks of a long video, and of each graded part of it
@@ -113,7 +115,7 @@ Judge = Callable[..., embedded.Quality]
 
 
 def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
-    """Return the tables' lines and the runs that `students` lacks.
+    """Return the tables' lines and the runs whose weights `students` lacks.
 
     Args:
         weights: the embedded models' folder; its target is the teacher.
@@ -122,10 +124,10 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
     Raises ValueError where there is no student, or a folder that does not say how it was made.
     """
     found: list[Line] = []
-    missing = [run for run in RUNS if not (students / run / "distillation.json").is_file()]
+    missing = [run for run in RUNS if not (students / run / WEIGHTS).is_file()]
     if "student" in missing:
         raise ValueError(
-            f"sweep: students must hold student/distillation.json, got {students} without; "
+            f"sweep: students must hold student/{WEIGHTS}, got {students} without; "
             "python -m sdvg.train.diagonal_distill makes it"
         )
     for run in RUNS:

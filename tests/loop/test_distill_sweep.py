@@ -54,13 +54,14 @@ def judge(frames: Tensor, prompt: str, *, segment: bool = False) -> Quality:
 
 
 def trained(folder: Path, runs: Sequence[str]) -> Path:
-    """Return `folder` with runs that say how they were made, and have no weights."""
+    """Return `folder` with runs that say how they were made, and have nothing as weights."""
     for run in runs:
         (folder / run).mkdir(parents=True)
         line = STUDENTS[run]
         told = {"timesteps": line.schedule.timesteps, "clean_pass": False,
                 "forcing": line.forcing, "flow": line.flow}  # fmt: skip
         (folder / run / "distillation.json").write_text(json.dumps(told))
+        (folder / run / room.WEIGHTS).touch()
     return folder
 
 
@@ -127,12 +128,13 @@ def test_lines_are_the_teacher_and_what_was_trained(tmp_path: Path) -> None:
     assert [line.in_flight for line in found] == [1] * 8 + [2, 3]
     assert not missing
     assert len({line.key for line in found}) == len(found)
-    found, missing = lines(embedded.WEIGHTS, trained(tmp_path / "few", ["student", "flat"]))
+    few = trained(tmp_path / "few", ["student", "flat", "no-flow"])
+    # a run that has begun
+    (few / "no-flow" / room.WEIGHTS).unlink()
+    found, missing = lines(embedded.WEIGHTS, few)
     assert missing == ["no-forcing", "no-flow"]
     assert [line.run for line in found[4:]] == ["student", "flat", "student", "student"]
-    with pytest.raises(
-        ValueError, match=r"students must hold student/distillation.json, got .*none"
-    ):
+    with pytest.raises(ValueError, match=r"students must hold student/diffusion_.*, got .*none"):
         lines(embedded.WEIGHTS, tmp_path / "none")
 
 
@@ -314,7 +316,7 @@ def test_the_command_makes_the_table(
     for options, said in (
         (["--thresholds", "0.3"], "sdvg: thresholds: must be left out for the table distill, got"),
         (["--drafter", "diagonal"], "sdvg: drafter: must be left out for the table distill, got"),
-        (["--students", str(tmp_path)], "sdvg: sweep: students must hold student/distillation.js"),
+        (["--students", str(tmp_path)], "sdvg: sweep: students must hold student/diffusion_pytorc"),
         (["--prompts", "0"], "sdvg: sweep: prompts must be at least 1, got 0"),
         (["--blocks", "3"], "was made with another blocks; give another --out"),
     ):
