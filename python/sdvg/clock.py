@@ -26,7 +26,7 @@ class Clock:
         seconds: stage -> seconds of the work that is known to be done; stages on different streams
             may overlap.
         units: stage -> how many (sequence, block) pairs that stage worked on; for the target, how
-            many steps of such pairs.
+            many passes of such pairs.
         total: wall-clock seconds of the blocks, also of one that was interrupted.
     """
 

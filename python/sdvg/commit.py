@@ -128,6 +128,10 @@ class CachedModel:
                 self.written[row] = max(written, place)
         return place * size
 
+    def passes(self, index: int) -> int:
+        """Return how many passes of block `index` belong to `denoise`."""
+        return len(self.schedule.steps(index))
+
     def denoise(self, index: int, rows: Rows | None, start_frame: int) -> Tensor:
         """Return clean latents `[b, F, C, h, w]` of block `index`, from the noise keyed by it."""
         self._require_held()

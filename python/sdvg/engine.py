@@ -423,8 +423,8 @@ class Generation(Iterator[Block]):
         """Return the target's block for `rows`, from the same noise as the draft."""
         target = self._target
         start = target.catch_up(index, rows, self.latents, self._clock)
-        # every step of a block counts: blocks differ in theirs
-        units = len(self.prompts if rows is None else rows) * len(self.sdvg.schedule.steps(index))
+        # every pass of a block counts: blocks differ in theirs
+        units = len(self.prompts if rows is None else rows) * target.passes(index)
         with self._clock.stage("target", units, target.model.device, index):
             latents = target.denoise(index, rows, start)
         self._ask(latents, "target", "target", index)

@@ -82,6 +82,12 @@ class Grid(CachedModel):
             return self._place(index) * self.model.block_shape[0]
         return super().catch_up(index, rows, blocks, clock)
 
+    def passes(self, index: int) -> int:
+        """Return how many passes a block takes: its clean one is among them, but for the last."""
+        return len(self.schedule.steps(index)) + (
+            self.schedule.clean_pass and index < self._num_blocks - 1
+        )
+
     def denoise(self, index: int, rows: Rows | None, start_frame: int) -> Tensor:
         """Return clean latents of block `index`: as many forwards as it still needs."""
         self._require_held()
@@ -123,9 +129,8 @@ class Grid(CachedModel):
         self._flights = moved
 
     def _left(self, flight: Flight) -> int:
-        """Return how many forwards a block still needs; the last one needs no clean pass."""
-        clean = self.schedule.clean_pass and flight.block < self._num_blocks - 1
-        return len(self.schedule.steps(flight.block)) + clean - flight.made
+        """Return how many forwards a block still needs."""
+        return self.passes(flight.block) - flight.made
 
     def _input(self, flight: Flight) -> Tensor:
         if not flight.made:
