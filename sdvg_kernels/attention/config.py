@@ -148,6 +148,79 @@ def choose(
     return _tuned.choose(OP, key(dim, is_float32, most), gpu, launch, choices)
 
 
+@dataclass(frozen=True)
+class Delta:
+    """Rows of one head that a program of the delta kernel reads, and its warps."""
+
+    BT: int
+    num_warps: int
+    reason: str
+
+
+DELTA = Delta(32, 4, "16 KB of two tensors on their way at D = 128. Not measured.")
+
+# The backward. It has 7 products of 2 H D FLOP per row and seen key, 3 for the query's gradient and
+# 4 for the keys', where 5 would do if tiles of dx were added up across programs: no atomics, and
+# runs repeat bit for bit. A tile of rows and one of keys are resident, the other kind is read again
+# for each: (T / BT + S / BS) tiles of 4 D bytes a row or key, a few hundred FLOP a byte at the
+# tiles below, so that products bound it. wgmma reads its operands from shared memory at 128 bytes a
+# cycle: m64 n64 k16 takes 32 cycles of products and 32 of reads, n32 takes 16 and 24.
+# The loop over masked tiles is pipelined where there is wgmma: otherwise ptxas puts all products of
+# the kernel one after another. Not measured, none of it.
+_ROWS_64 = "64 rows a step would be even with shared memory, and spill: addresses of two tiles"
+# (architecture, head dim, is float32) -> (of the query's gradient, of the keys')
+BACKWARD: dict[tuple[int, int, bool], tuple[Launch, Launch]] = {
+    (_AMPERE, 128, False): (
+        Launch(64, 32, 4, 2, 1, f"{_TWO} of 53 KB; 64 keys need 255 registers"),
+        Launch(64, 64, 8, 2, 1, "82 KB of 99; 128 keys spill"),
+    ),
+    (_AMPERE, 64, False): (
+        Launch(64, 32, 4, 2, 1, "as for head dim 128"),
+        Launch(32, 128, 8, 2, 1, "64 rows come within 8 bytes of a spill, or beyond"),
+    ),
+    (_HOPPER, 128, False): (
+        Launch(128, 64, 8, 3, 2, "two warpgroups; 128 keys spill"),
+        Launch(32, 128, 8, 3, 2, f"two warpgroups; {_ROWS_64}"),
+    ),
+    (_HOPPER, 64, False): (
+        Launch(128, 128, 8, 2, 2, "128 keys: a product's reads are three quarters of its time"),
+        Launch(64, 128, 8, 3, 2, "two warpgroups; 128 rows spill"),
+    ),
+    (_BLACKWELL, 128, False): (
+        Launch(128, 64, 8, 2, 2, "tcgen05.mma has 128 rows; 128 keys spill"),
+        Launch(64, 128, 8, 2, 2, "tcgen05.mma has 128 rows; 128 a step take 263 KB"),
+    ),
+    (_BLACKWELL, 64, False): (
+        Launch(128, 64, 8, 3, 2, "tcgen05.mma has 128 rows; 128 keys spill"),
+        Launch(64, 128, 8, 2, 2, "tcgen05.mma has 128 rows; 128 a step spill"),
+    ),
+    **{
+        (arch, 128, True): (
+            Launch(16, 16, 4, 2, 1, f"{_SCALAR}: 32 rows spill on sm_80"),
+            Launch(16, 16, 8, 2, 1, f"{_SCALAR}: 32 rows or keys spill, and 4 warps on sm_80"),
+        )
+        for arch in (_AMPERE, _HOPPER, _BLACKWELL)
+    },
+    **{
+        (arch, 64, True): (
+            Launch(32, 32, 8, 2, 1, f"{_SCALAR}: 4 warps spill"),
+            Launch(32, 32, 8, 2, 1, f"{_SCALAR}: 4 warps spill"),
+        )
+        for arch in (_AMPERE, _HOPPER, _BLACKWELL)
+    },
+}
+
+
+def choose_backward(
+    capability: tuple[int, int] | None, dim: int, dtype: torch.dtype
+) -> tuple[Launch, Launch]:
+    """Return the launches of the query's gradient and of the keys'; capability as in `choose`."""
+    if capability is None:
+        return INTERPRETED, INTERPRETED
+    arch = {9: _HOPPER, 10: _BLACKWELL}.get(capability[0], _AMPERE)
+    return BACKWARD[arch, dim, dtype == torch.float32]
+
+
 OP = "attention"
 
 
@@ -193,12 +266,12 @@ def splits(launch: Launch, tiles: int, key_tiles: int, processors: int) -> int:
     return -(-key_tiles // -(-key_tiles // most))
 
 
-def budget(arch: int, launch: Launch, dtype: torch.dtype) -> Budget:
-    """Return what the attention kernel may cost: no spills; its matrix instruction."""
+def budget(arch: int, rows: int, dtype: torch.dtype) -> Budget:
+    """Return what a kernel with products of `rows` rows may cost: no spills; its instruction."""
     if dtype == torch.float32:
         return Budget()
     wide = {_HOPPER: "HGMMA", _BLACKWELL: "UTC"}.get(arch, "HMMA")
-    return Budget(matrix=wide if launch.BT >= 64 else "HMMA")
+    return Budget(matrix=wide if rows >= 64 else "HMMA")
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,11 @@ def run(
     need_cache: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, k_cache and v_cache ([0] where not needed)."""
-    if implementation != "reference":
-        rule, remedy = "be 'reference' for a backward", "choose it for the forward"
-        raise NotImplementedError(
-            message("block_causal_attention", "implementation", rule, repr(implementation), remedy)
-        )
-    return reference.block_causal_attention_backward(
+    if implementation == "reference":
+        backward = reference.block_causal_attention_backward
+    else:
+        from sdvg_kernels.attention.backward import block_causal_attention_backward as backward
+    return backward(
         grad_out,
         grad_lse,
         query,

@@ -4,11 +4,9 @@ A program owns a tile of BT query rows of one head and walks key tiles with the 
 
     m' = max(m, max_s x)    l' = l 2^(m - m') + sum_s 2^(x - m')    o' = o 2^(m - m') + 2^(x - m') V
 
-in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The tiles are
-logical: those of the sink, and those from the first token that some row of the tile sees to the
-last. The order of keys does not matter to a softmax, so they are renumbered: first the *edges*,
-where some row misses some key or the ring wraps: slot and mask are found per key; then the
-*interior*, where slots are contiguous and nothing is masked. A split is a run of that numbering.
+in base 2, with log2(e) folded into the scale (FlashAttention-2, arXiv 2307.08691). The order of
+keys does not matter to a softmax: the tiles are in the order of tiles.py, and a split is a run of
+them.
 
 A short query packs the PACK heads that share keys into the rows of one tile, row r = token
 r // PACK of head r % PACK: the keys are read once. The parts of a tile are float32 with their own
@@ -36,17 +34,24 @@ from sdvg_kernels._check import message
 from sdvg_kernels._combine import combine_compilations, combine_parts, combine_rows
 from sdvg_kernels._device import capability, on, processors
 from sdvg_kernels._tickets import take
-from sdvg_kernels.attention import config
+from sdvg_kernels.attention import backward, config
+from sdvg_kernels.attention.tiles import (
+    LOG2E,
+    NO_WINDOW,
+    SIZES,
+    UPCAST,
+    add_bias,
+    add_product,
+    block_ends,
+    edge_tile,
+    interior_tile,
+    key_tiles,
+    load_keys,
+    product,
+)
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# bf16 dots are wrong in Triton's interpreter: it upcasts them
-_INTERPRETED = triton.knobs.runtime.interpret
-# lengths, windows and their differences stay within int32
-_NO_WINDOW = 2**30
-# one compilation serves all sizes; strides stay specialised, loads are as wide as they are aligned
-_SIZES = ("B", "T", "S", "H", "block_size", "sink", "window", "bias_start", "bias_stop")
-_SIZES += ("num_splits",)
+_SIZES = ("B", *SIZES, "num_splits")
 
 
 @triton.jit
@@ -79,40 +84,15 @@ def _attend(
     UPCAST_DOT: tl.constexpr,
 ):
     """Fold the logical tokens [t0, t0 + BS) into the softmax; if MASKED, only [t_low, t_high)."""
-    # [BS]
-    o_t = t0 + tl.arange(0, BS)
-    o_d = tl.arange(0, D)
-    # a tile that begins in the sink and runs past it is masked there, or the ring has not wrapped
-    slot0 = tl.where(t0 < sink, t0, sink + (t0 - sink) % (S - sink))
-    # [BS, D]
-    if MASKED:
-        o_s = slot0 + tl.arange(0, BS)
-        o_s = tl.where(o_s >= S, o_s - (S - sink), o_s).to(tl.int64)
-        m_s = (o_t >= t_low) & (o_t < t_high)
-        p_kt = p_k + o_s[:, None] * stride_ks + o_d[None, :]
-        p_vt = p_v + o_s[:, None] * stride_vs + o_d[None, :]
-        b_k = tl.load(p_kt, mask=m_s[:, None], other=0.0)
-        b_v = tl.load(p_vt, mask=m_s[:, None], other=0.0)
-    else:
-        # contiguous slots: the offsets within the tile do not change from tile to tile
-        o_s = tl.arange(0, BS)[:, None]
-        p_k += slot0.to(tl.int64) * stride_ks
-        p_v += slot0.to(tl.int64) * stride_vs
-        b_k = tl.load(p_k + (o_s * stride_ks + o_d[None, :]))
-        b_v = tl.load(p_v + (o_s * stride_vs + o_d[None, :]))
-
+    o_t, m_s, b_k, b_v = load_keys(
+        p_k, p_v, stride_ks, stride_vs, t0, t_low, t_high, sink, S, BS, D, MASKED
+    )
     # [BT, BS]
-    if UPCAST_DOT:
-        b_x = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32)), input_precision="ieee")
-    else:
-        b_x = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_x = b_x * scale
+    b_x = product(b_q, tl.trans(b_k), UPCAST_DOT) * scale
     if HAS_BIAS:
-        if BIAS_TO_BLOCK:
-            m_b = (o_t[None, :] >= bias_start) & (o_t[None, :] < o_begin[:, None])
-        else:
-            m_b = ((o_t >= bias_start) & (o_t < bias_stop))[None, :]
-        b_x += tl.where(m_b, bias, 0.0)
+        b_x = add_bias(
+            b_x, o_t[None, :], o_begin[:, None], bias, bias_start, bias_stop, BIAS_TO_BLOCK
+        )
     if MASKED:
         m_w = (o_t[None, :] < sink) | (o_t[None, :] >= o_end[:, None] - window)
         b_x = tl.where(m_s[None, :] & (o_t[None, :] < o_end[:, None]) & m_w, b_x, float("-inf"))
@@ -124,12 +104,7 @@ def _attend(
     b_p = tl.exp2(b_x - b_z[:, None])
     b_a = tl.exp2(b_m - b_z)
     b_l = b_l * b_a + tl.sum(b_p, 1)
-    b_o = b_o * b_a[:, None]
-    if UPCAST_DOT:
-        b_p = b_p.to(b_v.dtype).to(tl.float32)
-        b_o = tl.dot(b_p, b_v.to(tl.float32), b_o, input_precision="ieee")
-    else:
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
+    b_o = add_product(b_p, b_v, b_o * b_a[:, None], UPCAST_DOT)
     return b_n, b_l, b_o
 
 
@@ -200,27 +175,11 @@ def attention_kernel(
     m_i = o_r < R
     o_i = o_r // PACK
     o_h = i_h * PACK + o_r % PACK
-    # first token and end of each row's block, and of the tile's first and last
-    o_begin = L - T + (o_i // block_size) * block_size
-    o_end = tl.minimum(L, o_begin + block_size)
+    o_begin, o_end = block_ends(o_i, L, T, block_size)
     i_last = (tl.minimum(i_t * BT + BT, R) - 1) // PACK
-    e_first = tl.minimum(L, L - T + (i_t * BT // PACK // block_size + 1) * block_size)
-    e_last = tl.minimum(L, L - T + (i_last // block_size + 1) * block_size)
-
-    # tokens that some row sees: [0, sink_high) and [low, e_last); one range where they touch
-    low = tl.maximum(sink, tl.maximum(L - (S - sink), e_first - window))
-    sink_high = tl.minimum(sink, e_last)
-    low = tl.where(low == sink, 0, low)
-    n_sink = tl.where(low == 0, 0, tl.cdiv(tl.maximum(sink_high, 0), BS))
-    n_ring = tl.cdiv(tl.maximum(e_last - low, 0), BS)
-    # its tiles that every row sees entirely: [first, stop), but for the one that wraps
-    first = tl.minimum(tl.cdiv(tl.maximum(e_last - window - low, 0), BS), n_ring)
-    stop = tl.maximum(tl.maximum(e_first - low, 0) // BS, first)
-    to_wrap = S - tl.where(low < sink, low, sink + (low - sink) % (S - sink))
-    wrap = to_wrap // BS
-    wraps = (to_wrap % BS != 0) & (wrap >= first) & (wrap < stop)
-    wrap = tl.where(wraps, wrap, stop)
-    n_edge = n_sink + first + n_ring - stop + wraps.to(tl.int32)
+    low, high, sink_high, n_sink, n_ring, first, stop, wrap, n_edge = key_tiles(
+        i_t * BT // PACK, i_last, L, T, S, block_size, sink, window, BS
+    )
     n_tile = n_sink + n_ring
     # shares that differ by one tile at most: no program is left with the rest
     share = n_tile // num_splits
@@ -245,9 +204,9 @@ def attention_kernel(
     b_l = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, D], tl.float32)
     for u in tl.range(u_first, tl.minimum(u_stop, n_edge), num_stages=EDGE_STAGES):
-        in_sink = u < n_sink
-        i_s = tl.where(u < n_sink + first, u - n_sink, u - n_sink - first + stop)
-        i_s = tl.where(i_s < n_ring, i_s, wrap)
+        t0, t_low, t_high = edge_tile(
+            u, low, high, sink_high, n_sink, n_ring, first, stop, wrap, BS
+        )
         b_m, b_l, b_o = _attend(
             b_q,
             b_m,
@@ -257,9 +216,9 @@ def attention_kernel(
             p_v,
             stride_ks,
             stride_vs,
-            tl.where(in_sink, u * BS, low + i_s * BS),
-            tl.where(in_sink, 0, low),
-            tl.where(in_sink, sink_high, e_last),
+            t0,
+            t_low,
+            t_high,
             o_end,
             o_begin,
             sink,
@@ -277,7 +236,6 @@ def attention_kernel(
             UPCAST_DOT,
         )
     for u in range(tl.maximum(u_first, n_edge), u_stop):
-        i_s = u - n_edge + first
         b_m, b_l, b_o = _attend(
             b_q,
             b_m,
@@ -287,7 +245,7 @@ def attention_kernel(
             p_v,
             stride_ks,
             stride_vs,
-            low + (i_s + (i_s >= wrap).to(tl.int32)) * BS,
+            interior_tile(u - n_edge, low, first, wrap, BS),
             0,
             0,
             o_end,
@@ -444,9 +402,9 @@ def block_causal_attention(
             H=heads,
             block_size=rows if block_size is None else min(block_size, rows),
             sink=sink,
-            window=_NO_WINDOW if window is None else min(window, _NO_WINDOW),
-            scale=softmax_scale * _LOG2E.value,
-            bias=(bias or 0.0) * _LOG2E.value,
+            window=NO_WINDOW if window is None else min(window, NO_WINDOW),
+            scale=softmax_scale * LOG2E.value,
+            bias=(bias or 0.0) * LOG2E.value,
             bias_start=bias_start,
             bias_stop=bias_stop or 0,
             num_splits=num_splits,
@@ -463,7 +421,7 @@ def block_causal_attention(
             HAS_LSE=return_lse,
             HAS_BIAS=bias is not None,
             BIAS_TO_BLOCK=bias_stop is None,
-            UPCAST_DOT=_INTERPRETED and query.dtype == torch.bfloat16,
+            UPCAST_DOT=UPCAST and query.dtype == torch.bfloat16,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -525,6 +483,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 divisible=(*tensors, *parts, *stride),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
-                budget=config.budget(arch, launch, dtype),
+                budget=config.budget(arch, launch.BT, dtype),
             )
     yield from combine_compilations(arch)
+    yield from backward.compilations(arch)

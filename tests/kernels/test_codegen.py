@@ -160,5 +160,5 @@ def test_large_attention_tiles_must_have_warpgroup_products() -> None:
     for (arch, _, is_float32), table in config.LAUNCHES.items():
         if arch == 90 and not is_float32:
             large = table[-1][1]
-            assert config.budget(arch, large, torch.bfloat16).matrix == "HGMMA"
+            assert config.budget(arch, large.BT, torch.bfloat16).matrix == "HGMMA"
             assert large.BT == 128
