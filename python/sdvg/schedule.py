@@ -65,8 +65,7 @@ class Schedule:
         `steps` are those of block 0, 1, ...; the last number serves every later block. There is no
         clean pass. 2, 3 and 4 steps have the released code's timesteps (933 and 733 are not warped,
         the last one is: 100 becomes 357.14); more are spaced evenly from 1000 to 100 before Wan's
-        flow shift. The paper's other lists are 5,4,3,2, 5,3 (the best quality) and 4,2 (the
-        fastest).
+        flow shift. The paper tries others, too: 5,3 (the best quality) and 4,2 (the fastest).
 
         Raises ValueError for no number, one below 2 (the next block sees nothing but the last
         step's K/V, and the first step's are those of noise), or one above the 1000 that models

@@ -35,7 +35,8 @@ class Block(NamedTuple):
     latents: Tensor
     verdicts: tuple[Verdict, ...]
     # stage -> seconds that this block spent in it: draft (with the drafter's own clean pass),
-    # decode, score, target, commit (the target's clean passes)
+    # decode, score, target, commit (the target's clean passes); a forward that several blocks
+    # share counts to the first of them
     seconds: dict[str, float]
 
 
