@@ -207,7 +207,7 @@ def trained(name, ranks, accelerator=None):
     net = torch.nn.Linear(16, 16)
     def loss(g, step):
         draws = [g] if ranks is None else [
-            torch.Generator().manual_seed((rank << 40) + step) for rank in ranks
+            torch.Generator().manual_seed(rank * 715_827_883 + step) for rank in ranks
         ]
         parts = [net(torch.randn(8, 16, generator=g)).square().mean() for g in draws]
         return {"loss": sum(parts) / len(parts)}
@@ -227,9 +227,9 @@ if accelerator.is_main_process:
 def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launch, "--master_port", "0", str(script), str(tmp_path)],
+        [*launch, "--nproc_per_node", "2", str(script), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

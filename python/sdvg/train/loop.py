@@ -123,9 +123,9 @@ def fit(
     started = time.perf_counter() - spent
     sums: dict[str, float] = {}
     module.train()
-    # the same numbers in one process, others in each of several
+    # other numbers in each process; of a seed the generator takes the lowest 32 bits alone
     rank = 0 if accelerator is None else accelerator.process_index
-    stream = seed * 1_000_003 + (rank << 40)
+    stream = seed * 1_000_003 + rank * 715_827_883
     bar = tqdm(
         range(first, steps), desc=name, initial=first, total=steps, mininterval=5, disable=rank > 0
     )
