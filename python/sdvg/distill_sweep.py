@@ -58,7 +58,7 @@ class Line(NamedTuple):
     # None for the teacher, which was trained otherwise
     forcing: bool | None = None
     flow: float | None = None
-    # of a student's transformer
+    # of the transformer; None: the shipped target
     folder: Path | None = None
     # how many of its blocks are made side by side
     in_flight: int = 1
@@ -118,7 +118,8 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
     """Return the tables' lines and the runs whose weights `students` lacks.
 
     Args:
-        weights: the embedded models' folder; its target is the teacher.
+        weights: the embedded models' folder; its target is the teacher where the student's run
+            did not keep its own.
         students: a folder of runs of `sdvg.train.diagonal_distill`, named as in `RUNS`.
 
     Raises ValueError where there is no student, or a folder that does not say how it was made.
@@ -138,12 +139,15 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
             found.append(Line(run, steps, digest(source), told.forcing, told.flow, source))
     # side by side: last, as they are no models of their own
     found += [found[0]._replace(in_flight=count) for count in FLIGHTS]
-    whole = digest(weights, embedded.TARGETS["teacher"])
+    taught = students / "student" / "teacher"
+    kept = taught.is_dir()
+    whole = digest(taught) if kept else digest(weights, embedded.TARGETS["teacher"])
     many = Schedule((warp([1000 * (MANY - step) / MANY for step in range(MANY)]),))
     # the four that SDVG's target takes, and as few as a student's later blocks have
     few = Schedule(preset("diagonal:2").timesteps)
     steps = (many, preset("self_forcing"), few, found[0].schedule)
-    return [Line("teacher", each, whole) for each in steps] + found, missing
+    teacher = Line("teacher", many, whole, folder=taught if kept else None)
+    return [teacher._replace(schedule=each) for each in steps] + found, missing
 
 
 def collect(

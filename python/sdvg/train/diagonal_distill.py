@@ -43,8 +43,15 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 # of the shipped runs
-WARM_UP, STEPS, BATCH, CLIPS = 700, 900, 8, 6000
-SMOKE = {"model": "drafter", "score": "drafter", "warm_up": 60, "steps": 20, "clips": 160}
+WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 3000, 400, 8, 12, 6000
+SMOKE = {
+    "model": "drafter",
+    "score": "drafter",
+    "warm_up": 60,
+    "steps": 20,
+    "clips": 160,
+    "rollouts": 4,
+}
 
 
 class Digits:
@@ -112,9 +119,10 @@ def train(
     warm_up: int = WARM_UP,
     steps: int = STEPS,
     batch: int = BATCH,
+    rollouts: int = ROLLOUTS,
     warm_up_lr: float = 2e-3,
-    lr: float = 1e-4,
-    fake_lr: float = 5e-4,
+    lr: float = 5e-5,
+    fake_lr: float = 3e-4,
     resume: bool = False,
     seed: int = 31,
     accelerator: Accelerator | None = None,
@@ -141,14 +149,17 @@ def train(
     both = nn.ModuleDict({"student": student, "fake": fake})
     average = fit(
         "distil", both,
-        lambda g, step: distiller.distil(fake, source.prompts(batch, g), g),
+        lambda g, step: distiller.distil(fake, source.prompts(rollouts, g), g),
         steps=steps, lr={"student": lr, "fake": fake_lr}, seed=seed + 1, **common,
     )  # fmt: skip
     return average["student"].eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, train, and write the student's folder with its logs and curves."""
+    """Parse the command line, train, and write the student's folder with its logs and curves.
+
+    Its teacher goes to the folder's ``teacher``.
+    """
     from accelerate import Accelerator
 
     options = _parser().parse_args(arguments)
@@ -172,11 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distiller, source = parts(options, settings, accelerator.device)
     student = train(
         distiller, source, runs, warm_up=options.warm_up, steps=options.steps,
-        batch=options.batch, warm_up_lr=options.warm_up_lr, lr=options.lr, fake_lr=options.fake_lr,
-        resume=options.resume, seed=options.seed, accelerator=accelerator,
+        batch=options.batch, rollouts=options.rollouts, warm_up_lr=options.warm_up_lr,
+        lr=options.lr, fake_lr=options.fake_lr, resume=options.resume, seed=options.seed,
+        accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
-        student.to(torch.float16).save_pretrained(options.out)
+        # the teacher beside it: what the student is held to
+        for model, folder in ((student, options.out), (distiller.teacher, options.out / "teacher")):
+            model.to(torch.float16).save_pretrained(folder)
         logs = [Path(shutil.copy(log, options.out)) for log in sorted(runs.glob("*.csv"))]
         # a phase of under 20 steps has no log
         if logs:
@@ -232,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train behind the finished block noised again to this level in (0, 1), not behind the "
         "last step itself")  # fmt: skip
     add("--flow", type=float, default=1.0, help="weight of flow distribution matching; 0: none")
-    add("--levels", type=float, nargs=2, default=[0.3, 0.9], metavar=("LOW", "HIGH"),
+    add("--levels", type=float, nargs=2, default=[0.55, 0.9], metavar=("LOW", "HIGH"),
         help="noise levels at which scores are compared, before --shift")  # fmt: skip
     add("--shift", type=float, default=1.0, help="flow shift of those levels (Wan: 5)")
     add("--guidance", type=float, default=1.0, help="of the teacher's score; 1: none (Wan: 3)")
@@ -240,10 +254,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--warm-up", type=int, default=WARM_UP, help="steps of flow matching on clips")
     add("--steps", type=int, default=STEPS, help="steps of distillation")
-    add("--batch", type=int, default=BATCH, help="videos of a step, on each device")
+    add("--batch", type=int, default=BATCH, help="clips of a warm-up's step, on each device")
+    add("--rollouts", type=int, default=ROLLOUTS,
+        help="videos of a step of distillation, on each device")  # fmt: skip
     add("--warm-up-lr", type=float, default=2e-3)
-    add("--lr", type=float, default=1e-4)
-    add("--fake-lr", type=float, default=5e-4, help="rate of the model of the student's videos")
+    add("--lr", type=float, default=5e-5)
+    add("--fake-lr", type=float, default=3e-4, help="rate of the model of the student's videos")
     add("--seed", type=int, default=31)
     add("--checkpointing", action="store_true", help="run layers again in the backward pass")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one")
@@ -277,7 +293,7 @@ def _notes(options: argparse.Namespace, settings: Settings) -> dict[str, object]
     """Return what decides the result, for ``distillation.json``."""
     method = asdict(settings)
     schedule = method.pop("schedule")
-    names = ("warm_up", "steps", "batch", "warm_up_lr", "lr", "fake_lr", "seed")
+    names = ("warm_up", "steps", "batch", "rollouts", "warm_up_lr", "lr", "fake_lr", "seed")
     digits = {name: getattr(options, name) for name in ("model", "score", "clips")}
     digits["start"] = None if options.start is None else str(options.start)
     teacher = {"teacher": str(options.teacher)} if options.teacher else digits

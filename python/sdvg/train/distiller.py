@@ -40,7 +40,8 @@ class Settings:
         context_noise: with ``forcing``, behind a pass at this level over the finished block noised
             again (the released code; 0.1 in the paper) and not behind the last step itself.
         flow: weight of the loss on temporal differences; 0: none.
-        levels: least and greatest noise level at which scores are compared, before ``shift``.
+        levels: least and greatest noise level at which scores are compared, before ``shift``:
+            where the teacher was trained.
         shift: the flow shift of those levels.
         guidance: classifier-free guidance of the teacher's score; 1: none.
         last: how often the gradient goes through each block's last step; else through an earlier.
@@ -50,7 +51,7 @@ class Settings:
     forcing: bool = True
     context_noise: float | None = None
     flow: float = 1.0
-    levels: tuple[float, float] = (0.3, 0.9)
+    levels: tuple[float, float] = (0.55, 0.9)
     shift: float = 1.0
     guidance: float = 1.0
     last: float = 0.6
@@ -291,7 +292,7 @@ class Distiller:
         columns = []
         for steps in self.steps:
             own = torch.tensor(steps)[torch.randint(len(steps), (count,), generator=g)] / 1000
-            low = min(steps[-1] / 1000, self.settings.levels[0])
+            low = min(steps[-1] / 1000, 0.3)
             free = low + (1 - low) * torch.rand(count, generator=g)
             columns.append(torch.where(torch.rand(count, generator=g) < 0.1, free, own))
         return torch.stack(columns, 1).to(self.cached.device)
