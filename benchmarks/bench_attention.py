@@ -149,8 +149,8 @@ def case(bench: Bench, shape: Shape, *, eight_bits: bool = False) -> Case:
         **contract,
         implementation="reference",
     )
-    gather = partial(_block_by_block, runs=[_runs(row) for row in visible])
-    plain = gather(_eager, query, k_cache, v_cache)
+    gather = partial(block_by_block, runs=[runs_of(row) for row in visible])
+    plain = gather(eager, query, k_cache, v_cache)
 
     def check(out: object) -> None:
         assert_within_budget(out, plain, exact)
@@ -239,14 +239,14 @@ def _who(
     return names, peers, left_out
 
 
-def _runs(visible: torch.Tensor) -> list[slice]:
+def runs_of(visible: torch.Tensor) -> list[slice]:
     """Return the runs of True in bool [S]."""
     edges = torch.diff(visible.int(), prepend=torch.zeros(1), append=torch.zeros(1))
     starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     return [slice(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
 
 
-def _block_by_block(
+def block_by_block(
     attend: Callable[..., torch.Tensor],
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -271,7 +271,7 @@ def _with_mask(attend: Attention, visible: torch.Tensor) -> Callable[..., torch.
     return lambda query, k_cache, v_cache: attend(query, k_cache, v_cache, visible)
 
 
-def _eager(
+def eager(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: None
 ) -> torch.Tensor:
     """Return softmax(Q K^T / sqrt(D)) V in the inputs' own dtype: the budget's yardstick."""

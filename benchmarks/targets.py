@@ -227,6 +227,13 @@ TARGETS = (
         _against("(bfloat16)"),
         least=1.5,
     ),
+    Target(
+        "attention backward, clips of 21 frames in blocks of 3, H=12",
+        "0.9 of FlexAttention's speed",
+        lambda row: row.op == f"{_ATTENTION} backward" and sizes(row.shape).get("blocks") == 7,
+        _against("flex"),
+        least=0.9,
+    ),
     Target(_FEW, "80% of the measured copy", _few, _of_copy, least=0.80),
     Target("rope", "85% of the measured copy", _ROPE, _of_copy, least=0.85),
     Target("rope", "10x the eager chain", _ROPE, _against("eager"), least=10),

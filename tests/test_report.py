@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_attention, bench_cache, report
+from benchmarks import bench_attention, bench_attention_backward, bench_cache, report
 from benchmarks.harness import RESULTS, Row
 from benchmarks.machine import ROOT
 from benchmarks.targets import TARGETS
@@ -139,6 +139,10 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
         for shape in bench_attention.shapes(cpu=False, quick=False)
         for fields in ({}, eight_bits)
     ]
+    planned += [
+        row("block_causal_attention backward", str(shape), "triton", 1.0)
+        for shape in bench_attention_backward.shapes(cpu=False, quick=False)
+    ]
     size = str(bench_cache.Size("1.3B", 30, 12))
     planned += [row(op, size, "cuda", 1.0) for op in ("rollback_", "compact_", "stage_")]
     planned += [row(op, "B=64", "cuda", 1.0) for op in ("commit_", "select_")]
@@ -153,6 +157,7 @@ def test_every_target_of_attention_and_cache_is_about_a_shape_that_is_measured()
         "attention bf16, T=1560, H=12, S=9360": 1,
         "three pending blocks in one pass (T=14040, window of 21 frames)": 2,
         "attention FP8, T=4680, S=32760": 2,
+        "attention backward, clips of 21 frames in blocks of 3, H=12": 2,
         "attention bf16, T in {1, 16, 64}, S=16384": 6,
         "commit_, rollback_ without undo, 40 layers": 1,
         "rollback_ with undo, compact_, select_, stage_, 4680 rows x 30 layers": 4,
