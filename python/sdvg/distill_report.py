@@ -269,6 +269,9 @@ def claims(rows: Sequence[Row], parts: Sequence[Part], videos: Found) -> list[st
             f"- The flat student ({named['flat'].line.steps} steps), trained without these losses, "
             f"is visibly below: {verdict}; the student is better by {by}"
         )
+    if "flat-forced" in named:
+        verdict, by = worth("flat-forced")
+        text.append(f"- More steps early help: {verdict}; quality {by}")
     verdicts = []
     for run, part in (("no-forcing", "Diagonal forcing"), ("no-flow", "The flow term")):
         if run in named:

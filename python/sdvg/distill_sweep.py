@@ -34,6 +34,8 @@ RUNS = {
     "no-forcing": "student",
     "no-flow": "student",
     "flat": "flat-student",
+    # ... with the student's losses
+    "flat-forced": "flat-student",
 }
 # written at the end of a run
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -40,6 +40,7 @@ STUDENTS = {
     "no-forcing": Line("no-forcing", DIAGONAL, "f", False, 1.0),
     "no-flow": Line("no-flow", DIAGONAL, "m", True, 0.0),
     "flat": Line("flat", preset("diagonal:2"), "2", False, 0.0),
+    "flat-forced": Line("flat-forced", preset("diagonal:2"), "3", True, 1.0),
 }
 
 
@@ -122,17 +123,18 @@ def test_lines_are_the_teacher_and_what_was_trained(tmp_path: Path) -> None:
         ("student", "4/3/2", False, 1.0),
         ("student", "4/3/2", True, 0.0),
         ("flat-student", "2", False, 0.0),
+        ("flat-student", "2", True, 1.0),
         ("student", "4/3/2", True, 1.0),
         ("student", "4/3/2", True, 1.0),
     ]
-    assert [line.in_flight for line in found] == [1] * 8 + [2, 3]
+    assert [line.in_flight for line in found] == [1] * 9 + [2, 3]
     assert not missing
     assert len({line.key for line in found}) == len(found)
     few = trained(tmp_path / "few", ["student", "flat", "no-flow"])
     # a run that has begun
     (few / "no-flow" / room.WEIGHTS).unlink()
     found, missing = lines(embedded.WEIGHTS, few)
-    assert missing == ["no-forcing", "no-flow"]
+    assert missing == ["no-forcing", "no-flow", "flat-forced"]
     assert [line.run for line in found[4:]] == ["student", "flat", "student", "student"]
     with pytest.raises(ValueError, match=r"students must hold student/diffusion_.*, got .*none"):
         lines(embedded.WEIGHTS, tmp_path / "none")
@@ -176,6 +178,7 @@ def test_tables_plots_and_frames_are_written_and_resumed(pair: TinyPair, tmp_pat
         ["student", "4/3/2", "false", "1"],
         ["student", "4/3/2", "true", "0"],
         ["flat-student", "2", "false", "0"],
+        ["flat-student", "2", "true", "1"],
     ]
     assert {row[-1] for row in table[1:]} == {"2"}
     # of whole videos: not the mark of a part
@@ -233,7 +236,10 @@ def test_intervals_are_paired() -> None:
     assert difference(videos, *chosen, 60) == pytest.approx((0, 0, 0))
 
 
-BASE = {"teacher": 0.9, "student": 0.89, "no-forcing": 0.8, "no-flow": 0.85, "flat": 0.5}
+BASE = {
+    "teacher": 0.9, "student": 0.89, "no-forcing": 0.8, "no-flow": 0.85, "flat": 0.5,
+    "flat-forced": 0.86,
+}  # fmt: skip
 STEADY = {"student": (0.9, 0.89), "no-forcing": (0.9, 0.6)}
 
 
@@ -250,6 +256,7 @@ STEADY = {"student": (0.9, 0.89), "no-forcing": (0.9, 0.6)}
         ({}, r"Diagonal forcing helps: yes; quality \+0\.0[89]\d\d \(\+0.*motion \+0\.0900"),
         ({"no-forcing": 0.97}, r"Diagonal forcing helps: no, it does harm; quality -0\.0"),
         ({"no-flow": 0.891}, r"The flow term helps: not shown; quality [+-]0\.00"),
+        ({}, r"More steps early help: yes; quality \+0\.03"),
         ({}, r"The parts rank as in the paper, where each helps: yes"),
         ({"no-flow": 0.891}, r"where each helps: no, or not shown"),
     ],
@@ -305,7 +312,7 @@ def test_the_command_makes_the_table(
         "teacher", str(students / "student"), str(students / "flat")
     }  # fmt: skip
     text = (tmp_path / "d" / "diagonal_distill.md").read_text()
-    assert "not trained: no-forcing, no-flow." in text
+    assert "not trained: no-forcing, no-flow, flat-forced." in text
     assert "Made by `sdvg sweep --table distill`" in text
     stores = [(tmp_path / "d" / f"distill{name}.jsonl").read_text() for name in ("", "-long")]
     assert main(command) == 0

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 # of the shipped runs
-WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 3000, 400, 8, 12, 6000
+WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 1500, 300, 8, 12, 6000
 SMOKE = {
     "model": "drafter",
     "score": "drafter",
