@@ -167,7 +167,8 @@ def test_roll_outs_follow_the_weights_that_are_trained() -> None:
 def run(out: Path, *more: str) -> None:
     diagonal_distill.main(
         ["--out", str(out), "--runs", str(out.parent / "runs"), "--device", "cpu",
-         "--model", "drafter", "--score", "drafter", "--clips", "16", "--batch", "2", "--rollouts", "2",
+         "--model", "drafter", "--score", "drafter", "--clips", "16", "--batch", "2",
+         "--rollouts", "2",
          "--warm-up", "2", "--steps", "2", "--threads", "1", *more]
     )  # fmt: skip
 
