@@ -140,7 +140,6 @@ def train(
             lambda g, step: distiller.warm_up(source, batch, g, own=0.5 * (step > warm_up // 3)),
             steps=warm_up, lr=warm_up_lr, seed=seed, **common,
         )  # fmt: skip
-        # in place: the roll-outs share the student's memory
         student.load_state_dict(average.state_dict())
     if not steps:
         return student.eval()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvg.models.wan import CausalWan
-from sdvg.schedule import Schedule, preset, warp
+from sdvg.schedule import Schedule, preset
 from sdvg.train.forcing import BlockForward
 
 if TYPE_CHECKING:
@@ -122,10 +122,14 @@ class Distiller:
         self.settings, self.blocks, self.text = settings, blocks, text
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student.train().requires_grad_(True)
-        # its own roll-outs: the same weights in memory, with a cache and without gradients
+        # what rolls out: the student's weights, with a cache and without gradients
         shadow = copy.deepcopy(student)
-        for mine, shared in zip(shadow.parameters(), student.parameters(), strict=True):
-            mine.data = shared.data
+        narrow = dtype if student.device.type == "cuda" else torch.float32
+        kept = {*(student._keep_in_fp32_modules or ())}
+        for name, parameter in shadow.named_parameters():
+            if not kept.intersection(name.split(".")):
+                parameter.data = parameter.data.to(narrow)
+        self._weights = [*shadow.parameters()], [*student.parameters()]
         self.cached = rollout(shadow)
         self.frames, channels, height, width = self.cached.block_shape
         self.shape = (channels, blocks * self.frames, height, width)
@@ -173,7 +177,7 @@ class Distiller:
         # one level a video, so that differences of its frames are compared at one level
         low, high = settings.levels
         u = low + (high - low) * torch.rand(len(prompts), 1, generator=g)
-        sigma = torch.tensor(warp(1000 * u.flatten(), settings.shift)).view(-1, 1) / 1000
+        sigma = settings.shift * u / (1 + (settings.shift - 1) * u)
         sigma = sigma.expand(-1, self.blocks).to(made.device)
         noise = self._noise(made.shape, g)
         spread = self._spread(sigma)
@@ -195,6 +199,7 @@ class Distiller:
     def roll_out(self, prompts: Sequence[str], g: torch.Generator) -> Rollout:
         """Return a video of each prompt, made block after block as at inference."""
         settings, cached = self.settings, self.cached
+        torch._foreach_copy_(*self._weights)
         cached.start(prompts)
         latents, inputs, written = [], [], []
         for block, timesteps in enumerate(self.steps):
