@@ -197,9 +197,13 @@ BACKWARD: dict[tuple[int, int, bool], tuple[Launch, Launch]] = {
     **{
         (arch, 128, True): (
             Launch(16, 16, 4, 2, 1, f"{_SCALAR}: 32 rows spill on sm_80"),
-            Launch(16, 16, 8, 2, 1, f"{_SCALAR}: 32 rows or keys spill, and 4 warps on sm_80"),
+            Launch(16, 16, warps, 2, 1, f"{_SCALAR}: 32 rows or keys spill, and {others}"),
         )
-        for arch in (_AMPERE, _HOPPER, _BLACKWELL)
+        for arch, warps, others in (
+            (_AMPERE, 8, "4 warps"),
+            (_HOPPER, 8, "4 warps on sm_80"),
+            (_BLACKWELL, 4, "8 warps under Triton 3.6"),
+        )
     },
     **{
         (arch, 64, True): (
