@@ -101,11 +101,12 @@ def block_causal_attention_backward(
     if grad_out.stride(3) != 1:
         # what a sum or a mean gives: one value for all
         grad_out = grad_out.contiguous()
+    # a compiler may have kept them in another layout than the op gave them
+    out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
-    launches = config.choose_backward(capability(query.device), dim, query.dtype)
-    for_query, for_keys = launches
+    for_query, for_keys = config.choose_backward(capability(query.device), dim, query.dtype)
     # offsets within a tile are 32 bits wide
-    tile = max(for_query.BS, for_keys.BT)
+    tile = max(for_query.BS, for_keys.BS, for_keys.BT)
     tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache, "its gradient": grad_out}
     for name, tensor in tensors.items():
         if (stride := tensor.stride(1)) * tile >= 2**31:

@@ -439,13 +439,13 @@ def test_shipped_configurations_are_exact_on_the_gpu(
 
 @pytest.mark.gpu
 def test_offsets_past_2_to_the_31_are_read_right(random: torch.Generator) -> None:
-    case = Case((140,), 16, 140)
+    case = Case((300,), 16, 300)
     inputs = make(case, random, GPU, torch.bfloat16)
     # K and V share 5 GB: the last slots are 2^31 elements on
-    token, slot = 2 * 64, 2**24
-    memory = torch.empty(140 * slot, dtype=torch.bfloat16, device="cuda")
+    token, slot = 2 * 64, 2**23
+    memory = torch.empty(300 * slot, dtype=torch.bfloat16, device="cuda")
     k_cache, v_cache = (
-        memory.as_strided((1, 140, 2, 64), (0, slot, 64, 1), offset) for offset in (0, token)
+        memory.as_strided((1, 300, 2, 64), (0, slot, 64, 1), offset) for offset in (0, token)
     )
     k_cache.copy_(inputs.cache.k_cache)
     v_cache.copy_(inputs.cache.v_cache)
