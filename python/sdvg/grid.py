@@ -117,15 +117,17 @@ class Grid(CachedModel):
         given = torch.cat([self._input(flight) for flight in flights], dim=1)
         levels = [self._level(flight) for flight in flights]
         made = self.model.denoise_blocks(given, levels, start_frame=start_frame)
-        moved = []
+        moved, ready = [], {}
         for flight, latents in zip(flights, made.split(size, dim=1), strict=True):
             moved.append(Flight(flight.block, flight.made + 1, latents))
             if moved[-1].made == len(self.schedule.steps(flight.block)):
-                self._ready[flight.block] = latents
+                ready[flight.block] = latents
         if not self._left(moved[0]):
             self.model.keep(start_frame=start_frame)
             self._fill(None, start_frame)
             del moved[0]
+        # a block that counts as ready has its keys in the cache, or is still in flight
+        self._ready |= ready
         self._flights = moved
 
     def _left(self, flight: Flight) -> int:

@@ -266,8 +266,15 @@ def test_finished_blocks_are_committed_and_those_in_flight_are_staged(pair: Tiny
         assert bool(staged.any()) == (index < 2)
 
 
-@pytest.mark.parametrize("schedule", [DIAGONAL, FOUR], ids=["diagonal", "clean pass"])
-@pytest.mark.parametrize("side", ["target", "both"])
+ONE = Schedule(((900.0,),), clean_pass=False)
+
+
+@pytest.mark.parametrize(
+    ("side", "schedule"),
+    [(side, schedule) for side in ("target", "both") for schedule in (DIAGONAL, FOUR)]
+    + [("target", ONE)],
+    ids=["diagonal", "clean pass", "both, diagonal", "both, clean pass", "one step"],
+)
 def test_an_interrupted_and_resumed_iterator_gives_one_run_bitwise(
     pair: TinyPair, side: str, schedule: Schedule
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from sdvg.models.embedded import WEIGHTS
 from sdvg.models.wan import CausalWan
 from sdvg.schedule import Schedule, preset
 from sdvg.train import diagonal_distill, transformer
 from sdvg.train.distiller import Distiller, Settings, _match, _match_flow
+from sdvg.train.forcing import BlockForward
+from tests.models.test_checkpoints import plain, saved
 
 BLOCKS = 4
 PROMPTS = ["a two moving up", "a six"]
@@ -173,17 +177,26 @@ def run(out: Path, *more: str) -> None:
     )  # fmt: skip
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file
 
     run(tmp_path / "whole")
-    # broken off after the warm-up: its checkpoint is there, that of the second phase is not
-    checkpoints = tmp_path / "broken" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    for name in ("warm-up.pt", "warm-up.csv"):
-        source = tmp_path / "whole" / "checkpoints" / name
-        if source.exists():
-            (checkpoints / name).write_bytes(source.read_bytes())
+    # broken off between two steps of the second phase: two models, two optimisers, two averages
+    distil, calls = Distiller.distil, []
+
+    def broken(*arguments: object) -> dict[str, Tensor]:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return distil(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diagonal_distill, "fit", partial(diagonal_distill.fit, save_every=1))
+        patch.setattr(Distiller, "distil", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken")
     run(tmp_path / "broken", "--resume")
     name = "diffusion_pytorch_model.safetensors"
     whole, broken = (load_file(tmp_path / part / name) for part in ("whole", "broken"))
@@ -236,6 +249,76 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("form", ["diffusers", "original"])
+def test_any_wan_teacher_trains_a_student_that_the_pipeline_runs(tmp_path: Path, form: str) -> None:
+    from diffusers import WanTransformer3DModel
+
+    from sdvg import SDVGPipeline
+
+    torch.manual_seed(3)
+    model = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, in_channels=16, out_channels=16,
+        text_dim=128, freq_dim=32, ffn_dim=64, num_layers=2,
+    )  # fmt: skip
+    teacher = tmp_path / "teacher"
+    if form == "diffusers":
+        model.save_pretrained(teacher)
+    else:
+        teacher = saved(tmp_path / "longlive_base.pt", {"generator": plain(model, "model.")})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a six\n\na two moving up\n")
+    out = tmp_path / "student"
+    diagonal_distill.main(
+        ["--out", str(out), "--teacher", str(teacher), "--text", str(WEIGHTS), "--device", "cpu",
+         "--prompts", str(prompts), "--height", "32", "--width", "32", "--blocks", "2",
+         "--warm-up", "0", "--steps", "1", "--rollouts", "1", "--guidance", "3", "--shift", "5",
+         "--threads", "1", "--checkpointing"]
+    )  # fmt: skip
+    pipe = SDVGPipeline.from_checkpoints(
+        base=WEIGHTS, target=out, recipe="diagonal", dtype=torch.float32, height=32, width=32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe("a six", num_blocks=2, generator=1, output_type="latent").frames
+    assert made.isfinite().all()
+    moved = [
+        (one - other).abs().max()
+        for one, other in zip(pipe.transformer.parameters(), model.parameters(), strict=True)
+    ]
+    assert max(moved) > 0
+    # the run is another with other prompts or sizes
+    notes = json.loads((out / "distillation.json").read_text())
+    assert (notes["prompts"], notes["window_frames"]) == (str(prompts), 9)
+
+
+def test_the_loss_at_both_ends_of_a_log_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "warm-up.csv"
+    log.write_text("step,seconds,lr,loss\n20,1,1,1.5\n")
+    assert diagonal_distill._change(log) == "loss 1.500"
+    log.write_text(log.read_text() + "40,2,1,0.5\n60,3,1,0.25\n")
+    assert diagonal_distill._change(log) == "loss 1.500 at first, 0.250 at last"
+
+
+def test_prompts_are_kept_without_their_padding() -> None:
+    text = diagonal_distill.Text(WEIGHTS, torch.device("cpu"))
+    embedded = text(["a six", "a two moving up", "a six"])
+    assert embedded.shape == (3, 512, 128)
+    assert torch.equal(embedded[0], embedded[2])
+    lengths = [len(text._known[prompt]) for prompt in ("a six", "a two moving up")]
+    assert lengths[0] < lengths[1] < 10
+    for row, length in zip(embedded, lengths, strict=False):
+        assert row[:length].any(1).all()
+        assert not row[length:].any()
+
+
+def test_a_window_that_the_masks_cannot_make_is_refused() -> None:
+    """It once left the sink out where a block sees nothing but the sink and itself."""
+    model = transformer.build("drafter")
+    sizes = {"blocks": 3, "frames": 3, "height": 4, "width": 4}
+    for window, sink in ((3, 3), (4, 0)):
+        with pytest.raises(ValueError, match=f"at least two blocks, 6, got {window}"):
+            BlockForward(model, window_frames=window, sink_frames=sink, **sizes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -245,6 +328,11 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
         (["--flow", "-1"], "flow must be at least 0, got -1"),
         (["--context-noise", "0"], "context_noise must lie in"),
         (["--levels", "0.9", "0.3"], "levels must rise within"),
+        (["--schedule", "krea_5"], "schedule must end above 0"),
+        (["--context-noise", "0.1", "--no-forcing"], "must be None without diagonal forcing"),
+        (["--steps", "-1"], "steps must be at least 0, got -1"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--lr", "0"], "lr must be above 0, got 0"),
     ],
 )
 def test_a_wrong_argument_gets_a_sentence(

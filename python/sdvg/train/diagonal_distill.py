@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvg.models.embedded import LATENT_SIZE, SINK_FRAMES, WEIGHTS, WINDOW_FRAMES
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 # of the shipped runs
 WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 1500, 300, 8, 12, 6000
+# tokens of a prompt, as Wan takes them
+_TEXT_LENGTH = 512
 SMOKE = {
     "model": "drafter",
     "score": "drafter",
@@ -104,11 +107,15 @@ class Text:
         device = self._encoder.device
         for prompt in {*prompts} - {*self._known}:
             batch = self._tokenizer(
-                prompt, padding="max_length", truncation=True, max_length=512, return_tensors="pt"
-            ).to(device)
+                prompt, padding="max_length", truncation=True, max_length=_TEXT_LENGTH,
+                return_tensors="pt",
+            ).to(device)  # fmt: skip
             hidden = self._encoder(**batch).last_hidden_state
-            self._known[prompt] = (hidden * batch["attention_mask"][..., None]).cpu()
-        return torch.cat([self._known[prompt] for prompt in prompts]).to(device)
+            # kept without what is zero: four megabytes a prompt otherwise
+            self._known[prompt] = hidden[0, : int(batch["attention_mask"].sum())].cpu()
+        rows = [self._known[prompt] for prompt in prompts]
+        rows = [F.pad(row, (0, 0, 0, _TEXT_LENGTH - len(row))) for row in rows]
+        return torch.stack(rows).to(device)
 
 
 def train(
@@ -169,8 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(
         schedule=preset(options.schedule), forcing=options.forcing,
         context_noise=options.context_noise, flow=options.flow, levels=tuple(options.levels),
-        shift=options.shift, guidance=options.guidance,
+        shift=options.shift, guidance=options.guidance, last=options.last,
     )  # fmt: skip
+    _check(options)
     notes = _notes(options, settings)
     runs = options.out / "checkpoints"
     if accelerator.is_main_process:
@@ -190,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the teacher beside it: what the student is held to
         for model, folder in ((student, options.out), (distiller.teacher, options.out / "teacher")):
             model.to(torch.float16).save_pretrained(folder)
-        logs = [Path(shutil.copy(log, options.out)) for log in sorted(runs.glob("*.csv"))]
+        logs = [runs / f"{phase}.csv" for phase in ("warm-up", "distil")]
+        logs = [Path(shutil.copy(log, options.out)) for log in logs if log.exists()]
         # a phase of under 20 steps has no log
         if logs:
             curves(logs, options.out / "curves.png")
@@ -222,9 +231,9 @@ def _rows(log: Path) -> list[dict[str, float]]:
 
 
 def _change(log: Path) -> str:
-    """Return a sentence on the loss at a log's ends."""
-    rows = _rows(log)
-    return f"loss {rows[0]['loss']:.3f} at first, {rows[-1]['loss']:.3f} at last"
+    """Return the loss at a log's ends; that of distillation is a pull, and need not fall."""
+    first, *_, last = [row["loss"] for row in _rows(log)] * 2
+    return f"loss {first:.3f}" + (f" at first, {last:.3f} at last" if len(_rows(log)) > 1 else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -245,6 +254,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train behind the finished block noised again to this level in (0, 1), not behind the "
         "last step itself")  # fmt: skip
     add("--flow", type=float, default=1.0, help="weight of flow distribution matching; 0: none")
+    add("--last", type=float, default=1.0,
+        help="how often the gradient goes through the last step, else through another")  # fmt: skip
     add("--levels", type=float, nargs=2, default=[0.55, 0.9], metavar=("LOW", "HIGH"),
         help="noise levels at which scores are compared, before --shift")  # fmt: skip
     add("--shift", type=float, default=1.0, help="flow shift of those levels (Wan: 5)")
@@ -288,6 +299,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for a number that no run can have, before anything is loaded."""
+    least = {"warm_up": 0, "steps": 0, "batch": 1, "rollouts": 1, "clips": 1, "blocks": 1}
+    for name, bound in least.items():
+        if (given := getattr(options, name)) < bound:
+            raise ValueError(f"distil: {name} must be at least {bound}, got {given}")
+    for name in ("warm_up_lr", "lr", "fake_lr"):
+        if not (given := getattr(options, name)) > 0:
+            raise ValueError(f"distil: {name} must be above 0, got {given}")
+
+
 def _notes(options: argparse.Namespace, settings: Settings) -> dict[str, object]:
     """Return what decides the result, for ``distillation.json``."""
     method = asdict(settings)
@@ -295,8 +317,13 @@ def _notes(options: argparse.Namespace, settings: Settings) -> dict[str, object]
     names = ("warm_up", "steps", "batch", "rollouts", "warm_up_lr", "lr", "fake_lr", "seed")
     digits = {name: getattr(options, name) for name in ("model", "score", "clips")}
     digits["start"] = None if options.start is None else str(options.start)
-    teacher = {"teacher": str(options.teacher)} if options.teacher else digits
-    return schedule | method | {name: getattr(options, name) for name in names} | teacher
+    wan = ("teacher", "student", "text", "prompts")
+    wan = {name: None if getattr(options, name) is None else str(getattr(options, name))
+           for name in wan}  # fmt: skip
+    sizes = ("height", "width", "blocks", "window_frames", "sink_frames")
+    wan |= {name: getattr(options, name) for name in sizes}
+    models = wan if options.teacher else digits
+    return schedule | method | {name: getattr(options, name) for name in names} | models
 
 
 def _claim(out: Path, notes: dict[str, object], resume: bool) -> None:

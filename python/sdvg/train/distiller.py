@@ -58,6 +58,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         (low, high), noise = self.levels, self.context_noise
+        last = min(steps[-1] for steps in self.schedule.timesteps)
+        if last == 0:
+            raise ValueError(
+                f"distil: schedule must end above 0, got {self.schedule.timesteps}; a step at 0 "
+                "changes next to nothing, and nothing can be learnt there"
+            )
+        if noise is not None and (self.schedule.clean_pass or not self.forcing):
+            raise ValueError(
+                f"distil: context_noise must be None without diagonal forcing, got {noise}: K/V "
+                "are those of a clean pass there"
+            )
         rules = (
             ("flow", self.flow >= 0, "be at least 0"),
             ("guidance", self.guidance >= 0, "be at least 0"),

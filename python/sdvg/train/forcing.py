@@ -44,6 +44,8 @@ class BlockForward:
         window_frames, sink_frames: what a block sees, as `CausalWan` has them; None: all before it.
         dtype: of the matrix products: autocast, unless it is the model's own.
         checkpointing: keep a layer's input alone for the backward, and run the layer again there.
+
+    Raises ValueError for a window that leaves less than a block before the block itself.
     """
 
     def __init__(
@@ -64,6 +66,13 @@ class BlockForward:
         self.blocks, self.tokens = blocks, frames * frame
         self.sink = sink_frames * frame
         self.window = (blocks * frames if window_frames is None else window_frames) * frame
+        # beside a context a block sees the window of the one before it, a block shorter
+        narrow = self.window < 2 * self.tokens and (self.sink or self.window != self.tokens)
+        if blocks > 1 and narrow:
+            raise ValueError(
+                f"forcing: window_frames must be None or at least two blocks, {2 * frames}, got "
+                f"{window_frames}"
+            )
         self.dtype, self.checkpointing = dtype, checkpointing
         device = model.proj_out.weight.device
         cos, sin = model.rope(torch.empty(1, 1, blocks * frames, height, width, device=device))
@@ -152,6 +161,9 @@ class BlockForward:
         def attend(query: Tensor, key: Tensor, value: Tensor, **options: int) -> Attended:
             # newest tokens of a cache that holds them all; what they must not see is cut off
             lengths = torch.full((len(key),), key.shape[1], dtype=torch.int32, device=key.device)
+            # where all of them are the sink's, none is cut off
+            if options.get("sink", 0) >= key.shape[1]:
+                options = {}
             return block_causal_attention(
                 query, key, value, lengths, block_size=size, return_lse=True, **options
             )
