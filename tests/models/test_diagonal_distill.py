@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
@@ -241,12 +242,24 @@ if accelerator.is_main_process:
 def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc_per_node", "2", str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    made = []
+    for rank in range(2):
+        given = {name: str(value) for name, value in (world | {"RANK": rank}).items()}
+        environment = os.environ | given | {"LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(script), str(tmp_path)]
+        made.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [process.communicate(timeout=300)[1] for process in made]
+    finally:
+        # one waits for the other for half an hour
+        for process in made:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in made] == [0, 0], said
 
 
 @pytest.mark.parametrize("form", ["diffusers", "original"])
