@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 # of the shipped runs
-WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 1500, 300, 8, 12, 6000
+WARM_UP, STEPS, BATCH, ROLLOUTS, CLIPS = 3000, 120, 8, 12, 6000
 # tokens of a prompt, as Wan takes them
 _TEXT_LENGTH = 512
 SMOKE = {
@@ -128,7 +128,7 @@ def train(
     batch: int = BATCH,
     rollouts: int = ROLLOUTS,
     warm_up_lr: float = 2e-3,
-    lr: float = 5e-5,
+    lr: float = 3e-5,
     fake_lr: float = 3e-4,
     resume: bool = False,
     seed: int = 31,
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rollouts", type=int, default=ROLLOUTS,
         help="videos of a step of distillation, on each device")  # fmt: skip
     add("--warm-up-lr", type=float, default=2e-3)
-    add("--lr", type=float, default=5e-5)
+    add("--lr", type=float, default=3e-5)
     add("--fake-lr", type=float, default=3e-4, help="rate of the model of the student's videos")
     add("--seed", type=int, default=31)
     add("--checkpointing", action="store_true", help="run layers again in the backward pass")

@@ -44,7 +44,8 @@ class Settings:
             where the teacher was trained.
         shift: the flow shift of those levels.
         guidance: classifier-free guidance of the teacher's score; 1: none.
-        last: how often the gradient goes through each block's last step; else through an earlier.
+        last: how often the gradient goes through each block's last step; else through an earlier,
+            whose blurred frames the model of the student's videos then learns, too.
     """
 
     schedule: Schedule = field(default_factory=lambda: preset("diagonal"))
@@ -54,7 +55,7 @@ class Settings:
     levels: tuple[float, float] = (0.55, 0.9)
     shift: float = 1.0
     guidance: float = 1.0
-    last: float = 0.6
+    last: float = 1.0
 
     def __post_init__(self) -> None:
         (low, high), noise = self.levels, self.context_noise
