@@ -17,6 +17,8 @@ OUT ?= out
 # a kernel that hangs must not cost the benchmarks their turn
 TEST_SECONDS ?= 270
 BLOCKS ?= 9
+# files of tests run side by side, a thread each
+WORKERS ?= 2
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -47,7 +49,7 @@ demo: setup
 	  --seed 0 --out $(OUT)/demo.mp4
 
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .
