@@ -114,8 +114,10 @@ class Distiller:
         teacher: the many-step model; block-causal, as the student.
         student: what is trained; begins as the teacher, or a smaller relative.
         text: prompts -> embeddings.
-        build: makes the training forward of a model (`BlockForward`'s sizes are the caller's).
-        rollout: makes the cached model of a transformer.
+        rollout: makes the cached model of a transformer, whose window, sink and sizes are trained.
+        blocks: of a roll-out.
+        dtype: of the matrix products in training, and on a GPU of roll-outs.
+        checkpointing: keep a layer's input alone for the backward, and run the layer again there.
         settings: what is trained.
     """
 
@@ -151,7 +153,6 @@ class Distiller:
             "window_frames": self.cached.window_frames, "sink_frames": self.cached.sink_frames,
             "dtype": dtype,
         }  # fmt: skip
-        # before a cached model takes the rotary embedding over
         self.forward = BlockForward(teacher, checkpointing=checkpointing, **sizes)
 
     def warm_up(
