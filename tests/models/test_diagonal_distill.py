@@ -58,10 +58,11 @@ def distiller(
         Settings(),
         Settings(forcing=False),
         Settings(context_noise=0.1),
+        Settings(repair=0.5),
         Settings(schedule=preset("self_forcing")),
         Settings(schedule=Schedule(((1000.0, 300.0),), clean_pass=False)),
     ],
-    ids=["diagonal", "no-forcing", "context-noise", "clean-pass", "flat"],
+    ids=["diagonal", "no-forcing", "context-noise", "repair", "clean-pass", "flat"],
 )
 def test_the_training_forward_is_the_last_step_of_the_roll_out(settings: Settings) -> None:
     made = distiller(settings)
@@ -203,6 +204,10 @@ def test_a_resumed_run_equals_an_unbroken_one(
     whole, broken = (load_file(tmp_path / part / name) for part in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(value, broken[key]) for key, value in whole.items())
+    for folder in ("whole", "whole/teacher"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        # where the model once came from is nobody's business
+        assert not config.get("_name_or_path")
     notes = json.loads((tmp_path / "whole" / "distillation.json").read_text())
     assert notes["timesteps"] == [list(steps) for steps in preset("diagonal").timesteps]
     assert (notes["forcing"], notes["flow"], notes["clean_pass"]) == (True, 1, False)

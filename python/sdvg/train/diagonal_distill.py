@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(
         schedule=preset(options.schedule), forcing=options.forcing,
         context_noise=options.context_noise, flow=options.flow, levels=tuple(options.levels),
-        shift=options.shift, guidance=options.guidance, last=options.last,
+        shift=options.shift, guidance=options.guidance, last=options.last, repair=options.repair,
     )  # fmt: skip
     _check(options)
     notes = _notes(options, settings)
@@ -197,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         # the teacher beside it: what the student is held to
         for model, folder in ((student, options.out), (distiller.teacher, options.out / "teacher")):
+            # or the config names the folder that the model once came from
+            model.register_to_config(_name_or_path="")
             model.to(torch.float16).save_pretrained(folder)
         logs = [runs / f"{phase}.csv" for phase in ("warm-up", "distil")]
         logs = [Path(shutil.copy(log, options.out)) for log in logs if log.exists()]
@@ -254,6 +256,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train behind the finished block noised again to this level in (0, 1), not behind the "
         "last step itself")  # fmt: skip
     add("--flow", type=float, default=1.0, help="weight of flow distribution matching; 0: none")
+    add("--repair", type=float, default=0.0,
+        help="how often a block is written clean, as repaired blocks of a drafter are")  # fmt: skip
     add("--last", type=float, default=1.0,
         help="how often the gradient goes through the last step, else through another")  # fmt: skip
     add("--levels", type=float, nargs=2, default=[0.55, 0.9], metavar=("LOW", "HIGH"),
