@@ -224,6 +224,6 @@ class CachedModel:
         # given latents and drafts may lie on two devices
         clean = move(clean, self.model.device)
         clean = clean if rows is None else clean[rows.on(self.model.device)]
-        if self.schedule.clean_pass:
+        if self.schedule.context(index) == 0:
             return clean
         return self._noised(clean, index, len(self.schedule.steps(index)) - 1, rows)

@@ -69,7 +69,8 @@ def choose(args: argparse.Namespace) -> Choice:
 def steps_of(schedule: Schedule) -> str:
     """Return the timesteps of each block in a line, and whether a clean pass follows."""
     blocks = (" ".join(f"{step:g}" for step in steps) for steps in schedule.timesteps)
-    return f"{' | '.join(blocks)}, {'a' if schedule.clean_pass else 'no'} clean pass"
+    clean = "clean pass of repaired blocks alone" if schedule.clean_context else "no clean pass"
+    return f"{' | '.join(blocks)}, {'a clean pass' if schedule.clean_pass else clean}"
 
 
 def _model(part: str, given: str, names: Iterable[str]) -> str | Path:
@@ -86,7 +87,7 @@ def _own(model: str | Path) -> Schedule | None:
 
     if isinstance(model, Path) and (model / "distillation.json").is_file():
         told = embedded.distilled(model)
-        return Schedule(told.timesteps, clean_pass=told.clean_pass)
+        return Schedule(told.timesteps, clean_pass=told.clean_pass, clean_context=told.repair > 0)
     return preset("diagonal") if model in ("student", "diagonal") else None
 
 

@@ -136,7 +136,9 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
     for run in RUNS:
         if run not in missing:
             told = embedded.distilled(students / run)
-            steps = Schedule(told.timesteps, clean_pass=told.clean_pass)
+            steps = Schedule(
+                told.timesteps, clean_pass=told.clean_pass, clean_context=told.repair > 0
+            )
             source = students / run
             found.append(Line(run, steps, digest(source), told.forcing, told.flow, source))
     # side by side: last, as they are no models of their own

@@ -34,7 +34,9 @@ class Schedule:
     clean latents are noised as the input of that step would be, with that step's own noise, and go
     through the model at its timestep. So what it attends to is always of the kind that it was
     trained on; K/V of timestep 0 are of another. On the embedded target, blocks written so move
-    the next one by a tenth of its deviation, clean ones by about all of it.
+    the next one by a tenth of its deviation, clean ones by about all of it. Only where a model was
+    trained behind clean K/V too (`--repair` of `sdvg.train.diagonal_distill`), `clean_context=True`
+    has such blocks written clean: a drafter then sees what a repaired block says, not its noise.
 
     Raises ValueError for no block, no step, a timestep outside [0, 1000], steps that do not fall,
     or a step at 0 alone.
@@ -42,6 +44,7 @@ class Schedule:
 
     timesteps: tuple[tuple[float, ...], ...]
     clean_pass: bool = True
+    clean_context: bool = False
 
     def __post_init__(self) -> None:
         if not self.timesteps or not all(self.timesteps):
@@ -87,8 +90,8 @@ class Schedule:
         return self.timesteps[min(block, len(self.timesteps) - 1)]
 
     def context(self, block: int) -> float:
-        """Return the timestep at which later blocks see `block`: 0, or that of its last step."""
-        return 0.0 if self.clean_pass else self.steps(block)[-1]
+        """Return the timestep at which a block that the model did not make is written."""
+        return 0.0 if self.clean_pass or self.clean_context else self.steps(block)[-1]
 
 
 def preset(name: str) -> Schedule:

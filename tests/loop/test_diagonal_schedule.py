@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,6 +262,24 @@ def test_a_synced_drafter_goes_on_from_repaired_blocks_noised(pair: TinyPair) ->
     assert [call for call in seen.named() if call[0] == "write"] == [
         ("write", 0, 1, 357.14), ("write", 2, 1, 357.14)
     ]  # fmt: skip
+
+
+def test_clean_context_writes_repaired_blocks_clean_and_keeps_its_own_noisy(pair: TinyPair) -> None:
+    schedule = replace(DIAGONAL, clean_context=True)
+    drafter, seen = watched(seed=1, layers=1)
+    mixed = speculate(pair._replace(drafter=drafter), lambda draft: Stride(2)(draft),
+                      schedule=schedule, drafter_cache="synced")  # fmt: skip
+    made = blocks_of(mixed, num_blocks=4)
+    assert [call for call in seen.named() if call[0] == "write"] == [
+        ("write", 0, 1, 0), ("write", 2, 1, 0)
+    ]  # fmt: skip
+    alone, _ = watched(seed=1, layers=1)
+    alone.start(PROMPTS)
+    alone.write(made[0].latents, start_frame=0)
+    drafted = going_on(alone, 1, DIAGONAL.steps(1), 3)
+    kept = torch.tensor([verdict.accepted for verdict in made[1].verdicts])
+    assert kept.any()
+    assert torch.equal(drafted[kept], made[1].latents[kept])
 
 
 def test_given_blocks_are_noised_for_drafter_and_target(pair: TinyPair) -> None:

@@ -46,6 +46,8 @@ class Settings:
         guidance: classifier-free guidance of the teacher's score; 1: none.
         last: how often the gradient goes through each block's last step; else through an earlier,
             whose blurred frames the model of the student's videos then learns, too.
+        repair: how often a block is written clean all the same, as speculation writes what the
+            target made in place of a drafter's rejected block (`Schedule.clean_context`).
     """
 
     schedule: Schedule = field(default_factory=lambda: preset("diagonal"))
@@ -56,6 +58,7 @@ class Settings:
     shift: float = 1.0
     guidance: float = 1.0
     last: float = 1.0
+    repair: float = 0.0
 
     def __post_init__(self) -> None:
         (low, high), noise = self.levels, self.context_noise
@@ -76,6 +79,7 @@ class Settings:
             ("shift", self.shift > 0, "be above 0"),
             ("levels", 0 < low < high <= 1, "rise within (0, 1]"),
             ("last", 0 <= self.last <= 1, "lie in [0, 1]"),
+            ("repair", 0 <= self.repair <= 1, "lie in [0, 1]"),
             ("context_noise", noise is None or 0 < noise <= 1, "lie in (0, 1] or be None"),
         )
         for name, holds, rule in rules:
@@ -166,7 +170,7 @@ class Distiller:
         clean, noise, prompts = clips.clips(sigma, g)
         text, spread = self.text(prompts), self._spread
         noisy = torch.lerp(clean, noise, spread(sigma))
-        context, level = clean, self._context_level(count)
+        context, level = clean, self._context_level(count, g)
         if float(torch.rand((), generator=g)) < own:
             with torch.no_grad():
                 context = noisy - spread(sigma) * self._velocity(
@@ -224,6 +228,8 @@ class Distiller:
                 seen.append(noise if x is None else torch.lerp(x, noise, sigma))
                 x = self._denoise(seen[-1], timestep, start)
             level = self._written_level(block)
+            if settings.repair and float(torch.rand((), generator=g)) < settings.repair:
+                level = 0.0
             if level == 0:
                 cached.write(x.transpose(1, 2), start_frame=start)
                 written.append((x, 0.0))
@@ -300,10 +306,14 @@ class Distiller:
             return settings.context_noise
         return self.steps[block][-1] / 1000
 
-    def _context_level(self, count: int) -> Tensor:
+    def _context_level(self, count: int, g: torch.Generator) -> Tensor:
         """Return the levels `[N, blocks]` of the K/V that a clip's blocks are trained behind."""
         levels = torch.tensor([self._written_level(block) for block in range(self.blocks)])
-        return levels.to(self.cached.device).expand(count, -1)
+        levels = levels.expand(count, -1)
+        if self.settings.repair:
+            repaired = torch.rand(count, self.blocks, generator=g) < self.settings.repair
+            levels = levels.masked_fill(repaired, 0)
+        return levels.to(self.cached.device)
 
     def _levels(self, count: int, g: torch.Generator) -> Tensor:
         """Return levels `[N, blocks]`: mostly each block's own steps, else any above the least."""

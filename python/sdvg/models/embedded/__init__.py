@@ -56,6 +56,8 @@ class Distilled(NamedTuple):
     forcing: bool
     # weight of the flow term; 0: none
     flow: float
+    # how often a block that it was trained behind was clean all the same
+    repair: float = 0.0
 
 
 def load(
@@ -175,7 +177,7 @@ def distilled(folder: str | Path) -> Distilled:
         told = json.loads(path.read_text(encoding="utf-8"))
         steps = tuple(tuple(map(float, block)) for block in told["timesteps"])
         switches = tuple(told[name] for name in ("clean_pass", "forcing"))
-        flow = float(told["flow"])
+        flow, repair = float(told["flow"]), float(told.get("repair", 0.0))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"embedded: {path} must say timesteps, clean_pass, forcing and flow, got "
@@ -185,7 +187,7 @@ def distilled(folder: str | Path) -> Distilled:
         raise ValueError(
             f"embedded: {path} must have true or false as clean_pass and forcing, got {switches}"
         )
-    return Distilled(steps, *switches, flow)
+    return Distilled(steps, *switches, flow, repair)
 
 
 def _named(part: str, given: str | Path, folders: Mapping[str, str]) -> str | Path:
