@@ -152,6 +152,10 @@ def block_causal_attention(
     )
     if recorded:
         _check_differentiable(k_cache, out)
+    # kernels read them side by side; a column or an expanded length is not
+    cache_seqlens = cache_seqlens.contiguous()
+    if cache_batch_idx is not None:
+        cache_batch_idx = cache_batch_idx.contiguous()
     if torch.compiler.is_compiling():
         # what a GPU can run is not to be traced: the op chooses when it runs
         chosen = _LATER + (implementation or "")

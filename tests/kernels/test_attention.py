@@ -214,6 +214,20 @@ def test_the_number_of_splits_changes_only_rounding(
     check(case, inputs, out, lse)
 
 
+def test_lengths_and_rows_of_the_cache_may_be_strided(lane: Lane, random: torch.Generator) -> None:
+    case = Case((23, 9), 3, 24)
+    inputs = make(case, random, lane)
+    k_cache, v_cache, lengths = inputs.cache
+    options = {"implementation": lane.implementation}
+    whole = block_causal_attention(inputs.query, k_cache, v_cache, lengths, **options)
+    # columns of a table, as a scheduler keeps them
+    table = torch.stack((lengths.flip(0), lengths.new_tensor([1, 0])), 1)
+    out = block_causal_attention(
+        inputs.query.flip(0), k_cache, v_cache, table[:, 0], cache_batch_idx=table[:, 1], **options
+    )
+    torch.testing.assert_close(out.flip(0), whole, rtol=0, atol=1e-6)
+
+
 def test_keys_that_no_row_sees_are_never_read(lane: Lane, random: torch.Generator) -> None:
     # the ring still holds them, but they are out of the window
     case = Case((60,), 6, 64, sink=3, window=20)

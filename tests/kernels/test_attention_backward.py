@@ -202,7 +202,7 @@ def test_two_calls_merged_by_lse_equal_one(lane: Lane, random: torch.Generator) 
     for one, two in zip(
         *(torch.autograd.grad(x, given, grad) for x in (whole, merged)), strict=True
     ):
-        torch.testing.assert_close(one, two, rtol=0, atol=2e-6)
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
 
 
 def test_strided_inputs_and_gradients(lane: Lane, random: torch.Generator) -> None:
@@ -225,7 +225,7 @@ def test_strided_inputs_and_gradients(lane: Lane, random: torch.Generator) -> No
     same = gradients(inputs, grad_out.contiguous(), grad_lse.contiguous(), lane, **case.options)
     for one, two in zip(got, same, strict=True):
         # products of strided tensors may add up in another order
-        torch.testing.assert_close(one, two, rtol=0, atol=2e-6)
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
 
 
 def test_what_no_row_sees_is_not_read_and_gets_zero(lane: Lane, random: torch.Generator) -> None:
@@ -300,7 +300,7 @@ def test_dense_attention_has_gradients(lane: Lane, random: torch.Generator) -> N
     exact = torch.nn.functional.scaled_dot_product_attention(*wide)
     exact = torch.autograd.grad(exact, wide, grad.double().transpose(1, 2))
     for got, wanted in zip(torch.autograd.grad(out, (query, key, value), grad), exact, strict=True):
-        torch.testing.assert_close(got.double(), wanted.transpose(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(got.double(), wanted.transpose(1, 2), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 64), (2, 0, 2, 64)])
