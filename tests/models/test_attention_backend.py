@@ -139,13 +139,17 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         dispatch_attention_fn(query[:, :, :2], key.half(), value, backend="sdvg")
 
 
-def test_gradients_are_refused_not_lost() -> None:
-    query, key, value = tensors(9, 5)
-    query.requires_grad_()
-    with pytest.raises(NotImplementedError, match="must not require gradients"):
-        dispatch_attention_fn(query, key, value, backend="sdvg")
-    with torch.no_grad():
-        dispatch_attention_fn(query, key, value, backend="sdvg")
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_those_of_native(device: str) -> None:
+    given = [tensor.to(device).requires_grad_() for tensor in tensors(9, 5, 4, 2)]
+    native, ours = (
+        torch.autograd.grad(
+            dispatch_attention_fn(*given, backend=name, enable_gqa=True).square().sum(), given
+        )
+        for name in ("native", "sdvg")
+    )
+    for one, two in zip(ours, native, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

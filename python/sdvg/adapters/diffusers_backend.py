@@ -12,7 +12,6 @@ import inspect
 import logging
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from sdvg_kernels import dense_attention, implementations
@@ -36,8 +35,9 @@ def register_attention_backend() -> str:
         dispatch_attention_fn(query, key, value, backend="sdvg")
 
     It serves self- and cross-attention without a mask: on a GPU by our kernel (head dims 64 and
-    128; bfloat16, float16, float32), on CPUs by the reference. Masks, causal attention, dropout,
-    context parallelism, gradients, and what the kernel does not serve are refused in one sentence.
+    128; bfloat16, float16, float32), on CPUs by the reference; gradients are served too. Masks,
+    causal attention, dropout, context parallelism, and what the kernel does not serve are refused
+    in one sentence.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -170,13 +170,6 @@ def _attention(
             raise NotImplementedError(
                 f"{_OP}: {name} must {rule}, got another; choose backend 'native' for this"
             )
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        raise NotImplementedError(
-            f"{_OP}: query, key and value must not require gradients, got one that does; "
-            "use torch.no_grad(), or backend 'native' to train"
-        )
     # on a GPU the reference would be slow, and nobody asked for it
     implementation = _on_gpus if query.device.type == "cuda" else None
     result = dense_attention(

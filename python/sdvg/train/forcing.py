@@ -198,8 +198,13 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _rms(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
-    # the weight in the input's dtype, or PyTorch leaves its fused kernel
-    return lambda x: F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+    # the weight in the input's dtype, or PyTorch leaves its fused kernel; the output again, which
+    # autocast on a GPU makes float32
+    def normed(x: Tensor) -> Tensor:
+        weight = norm.weight.to(x.dtype)
+        return F.rms_norm(x, norm.normalized_shape, weight, norm.eps).to(x.dtype)
+
+    return normed
 
 
 def _heads(attn: nn.Module, x: Tensor) -> Tensor:
