@@ -49,6 +49,10 @@ FLIGHTS = (2, 3)
 EVERY = 5
 
 
+# a run has its teacher, too, in a folder inside
+FILES = ("config.json", "diffusion_pytorch_model.safetensors", "distillation.json")
+
+
 class Line(NamedTuple):
     """One line of the table: a model and its steps."""
 
@@ -140,7 +144,7 @@ def lines(weights: Path, students: Path) -> tuple[list[Line], list[str]]:
                 told.timesteps, clean_pass=told.clean_pass, clean_context=told.repair > 0
             )
             source = students / run
-            found.append(Line(run, steps, digest(source), told.forcing, told.flow, source))
+            found.append(Line(run, steps, digest(source, *FILES), told.forcing, told.flow, source))
     # side by side: last, as they are no models of their own
     found += [found[0]._replace(in_flight=count) for count in FLIGHTS]
     taught = students / "student" / "teacher"

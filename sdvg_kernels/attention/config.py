@@ -85,7 +85,7 @@ LAUNCHES: dict[tuple[int, int, bool], tuple[tuple[int | None, Launch], ...]] = {
         ),
     ),
     (_HOPPER, 64, False): (
-        (16, Launch(16, 128, 4, 3, 3, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
+        (16, Launch(16, 128, 4, 3, 2, f"{_DECODE}; 64 KB on their way; {_TWO}", 2)),
         (64, Launch(64, 128, 4, 3, 3, f"wgmma has 64 rows; 64 KB on their way; {_ONE}")),
         (None, Launch(128, 128, 8, 2, 1, "as for head dim 128")),
     ),
