@@ -148,7 +148,8 @@ def attention_query_gradient_kernel(
     b_q = tl.load(p_q, mask=m_seen[:, None], other=0.0)
     b_g = tl.load(p_g, mask=m_seen[:, None], other=0.0)
     o_x = (i_b * H + i_h) * T + o_i
-    b_lse = tl.load(lse + o_x, mask=m_seen, other=0.0) * LOG2E
+    # 2^-inf is 0, whatever the bias: 0 times 2^bias may be NaN
+    b_lse = tl.load(lse + o_x, mask=m_seen, other=float("inf")) * LOG2E
     b_delta = tl.load(delta + o_x, mask=m_seen, other=0.0)
 
     b_dq = tl.zeros([BT, D], tl.float32)
