@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         schedule=preset(options.schedule), forcing=options.forcing,
         context_noise=options.context_noise, flow=options.flow, levels=tuple(options.levels),
         shift=options.shift, guidance=options.guidance, last=options.last, repair=options.repair,
+        gap=options.gap,
     )  # fmt: skip
     _check(options)
     notes = _notes(options, settings)
@@ -258,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--flow", type=float, default=1.0, help="weight of flow distribution matching; 0: none")
     add("--repair", type=float, default=0.0,
         help="how often a block is written clean, as repaired blocks of a drafter are")  # fmt: skip
+    add("--gap", type=int, default=63,
+        help="most latent frames between the sink and the rest of a warm-up's clip")  # fmt: skip
     add("--last", type=float, default=1.0,
         help="how often the gradient goes through the last step, else through another")  # fmt: skip
     add("--levels", type=float, nargs=2, default=[0.55, 0.9], metavar=("LOW", "HIGH"),
@@ -358,7 +361,13 @@ def _digits(
         return WanTransformer3DModel.from_pretrained(folder).float().to(device)
 
     drafter = options.model == "drafter"
-    teacher, student = named(options.score), named("drafter" if drafter else "base")
+    teacher = named(options.score)
+    if drafter:
+        student = named("drafter")
+    else:
+        student = transformer.build("student")
+        transformer.cut("student", student, named("base"))
+        student.to(device)
     if options.start is not None:
         if options.warm_up:
             raise ValueError("distil: --start must come with --warm-up 0: it is a warm-up's end")

@@ -48,6 +48,8 @@ class Settings:
             whose blurred frames the model of the student's videos then learns, too.
         repair: how often a block is written clean all the same, as speculation writes what the
             target made in place of a drafter's rejected block (`Schedule.clean_context`).
+        gap: in half of the warm-up's clips up to so many latent frames lie between the sink and the
+            rest, so that the sink is known from late in a video, too.
     """
 
     schedule: Schedule = field(default_factory=lambda: preset("diagonal"))
@@ -59,6 +61,7 @@ class Settings:
     guidance: float = 1.0
     last: float = 1.0
     repair: float = 0.0
+    gap: int = 0
 
     def __post_init__(self) -> None:
         (low, high), noise = self.levels, self.context_noise
@@ -80,6 +83,7 @@ class Settings:
             ("levels", 0 < low < high <= 1, "rise within (0, 1]"),
             ("last", 0 <= self.last <= 1, "lie in [0, 1]"),
             ("repair", 0 <= self.repair <= 1, "lie in [0, 1]"),
+            ("gap", self.gap >= 0, "be at least 0"),
             ("context_noise", noise is None or 0 < noise <= 1, "lie in (0, 1] or be None"),
         )
         for name, holds, rule in rules:
@@ -155,6 +159,7 @@ class Distiller:
         sizes = {
             "blocks": blocks, "frames": self.frames, "height": height, "width": width,
             "window_frames": self.cached.window_frames, "sink_frames": self.cached.sink_frames,
+            "gap": settings.gap,
             "dtype": dtype,
         }  # fmt: skip
         self.forward = BlockForward(teacher, checkpointing=checkpointing, **sizes)
@@ -171,14 +176,20 @@ class Distiller:
         text, spread = self.text(prompts), self._spread
         noisy = torch.lerp(clean, noise, spread(sigma))
         context, level = clean, self._context_level(count, g)
+        gap = 0
+        if self.settings.gap and float(torch.rand((), generator=g)) < 0.5:
+            gap = int(torch.randint(1, self.settings.gap + 1, (), generator=g))
         if float(torch.rand((), generator=g)) < own:
             with torch.no_grad():
                 context = noisy - spread(sigma) * self._velocity(
-                    noisy, sigma, text, clean, level, g
+                    noisy, sigma, text, clean, level, g, gap
                 )
-        velocity = self._velocity(noisy, sigma, text, context, level, g)
+        velocity = self._velocity(noisy, sigma, text, context, level, g, gap)
         error = (velocity - (noise - clean)).square().mean((1, 3, 4))
         error = error.unflatten(1, (self.blocks, -1)).mean(2)
+        if gap:
+            # what came before the block behind the gap is not there: nobody can know how it goes on
+            error = error * (torch.arange(self.blocks, device=error.device) != 1)
         first, later = error[:, 0].mean(), error[:, 1:].mean()
         return {"loss": error.mean() + 0.25 * first, "first": first, "later": later}
 
@@ -291,11 +302,13 @@ class Distiller:
 
     def _velocity(
         self, noisy: Tensor, sigma: Tensor, text: Tensor, context: Tensor, level: Tensor,
-        g: torch.Generator,
+        g: torch.Generator, gap: int,
     ) -> Tensor:  # fmt: skip
         """Return the student's velocity behind `context` noised to `level [N, blocks]`."""
         context = torch.lerp(context, self._noise(context.shape, g), self._spread(level))
-        return self.forward(self.student, noisy, sigma, text, context=context, context_sigma=level)
+        return self.forward(
+            self.student, noisy, sigma, text, context=context, context_sigma=level, gap=gap
+        )
 
     def _written_level(self, block: int) -> float:
         """Return the level of the pass that writes a block's K/V."""

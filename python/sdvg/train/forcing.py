@@ -42,6 +42,7 @@ class BlockForward:
         blocks, frames: blocks of a clip, latent frames of a block.
         height, width: of the latents.
         window_frames, sink_frames: what a block sees, as `CausalWan` has them; None: all before it.
+        gap: the most that a call may put between the sink and the rest.
         dtype: of the matrix products: autocast, unless it is the model's own.
         checkpointing: keep a layer's input alone for the backward, and run the layer again there.
 
@@ -58,6 +59,7 @@ class BlockForward:
         width: int,
         window_frames: int | None,
         sink_frames: int,
+        gap: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         checkpointing: bool = False,
     ) -> None:
@@ -75,8 +77,10 @@ class BlockForward:
             )
         self.dtype, self.checkpointing = dtype, checkpointing
         device = model.proj_out.weight.device
-        cos, sin = model.rope(torch.empty(1, 1, blocks * frames, height, width, device=device))
-        # [1, T, 1, D], pairs of channels turn together
+        self.length, self.frame = blocks * self.tokens, frame
+        shape = (1, 1, blocks * frames + gap, height, width)
+        cos, sin = model.rope(torch.empty(shape, device=device))
+        # [1, T + gap, 1, D], pairs of channels turn together
         self.cos = cos[..., 0::2].repeat_interleave(2, -1).to(dtype)
         self.sin = sin[..., 1::2].repeat_interleave(2, -1).to(dtype)
 
@@ -89,6 +93,7 @@ class BlockForward:
         *,
         context: Tensor | None = None,
         context_sigma: Tensor | None = None,
+        gap: int = 0,
     ) -> Tensor:
         """Return the predicted ``noise - x_0`` of ``noisy [N, C, F, h, w]``, float32.
 
@@ -99,6 +104,7 @@ class BlockForward:
             text: embeddings ``[N, L, text_dim]``.
             context: latents of ``noisy``'s shape that the blocks after them attend to.
             context_sigma: their levels ``[N, blocks]``; None: they are clean.
+            gap: latent frames between the sink and what follows it here, as late in a long video.
         """
         device = noisy.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
@@ -114,11 +120,13 @@ class BlockForward:
                 1000 * levels.flatten(), text, None, timestep_seq_len=levels.shape[1]
             )
             modulation = modulation.unflatten(2, (6, -1)).float()
+            turn = self._turn(gap, halves=1 if context is None else 2)
             for block in model.blocks:
+                given = (block, x, text, modulation, turn)
                 if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(self._block, block, x, text, modulation, use_reentrant=False)
+                    x = checkpoint(self._block, *given, use_reentrant=False)
                 else:
-                    x = self._block(block, x, text, modulation)
+                    x = self._block(*given)
             if context is not None:
                 x, temb = x[:, self.blocks :], temb[:, self.blocks :]
                 grid = (grid[0] // 2, *grid[1:])
@@ -127,13 +135,20 @@ class BlockForward:
         out = out.flatten(1, 2).unflatten(1, grid).unflatten(-1, (self.patch, self.patch, -1))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def _block(self, block: nn.Module, x: Tensor, text: Tensor, modulation: Tensor) -> Tensor:
+    def _block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        turn: tuple[Tensor, Tensor],
+    ) -> Tensor:
         modulation = block.scale_shift_table[0] + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.split(1, 2)
         attn = block.attn1
         n = torch.addcmul(shift, _norm(x), 1 + scale).to(self.dtype).flatten(1, 2)
         query, key = (
-            self._rotate(_heads(attn, norm(project(n))))
+            _rotate(_heads(attn, norm(project(n))), *turn)
             for norm, project in ((_rms(attn.norm_q), attn.to_q), (_rms(attn.norm_k), attn.to_k))
         )
         out = self._attend(query, key, _heads(attn, attn.to_v(n)))
@@ -147,12 +162,15 @@ class BlockForward:
         n = torch.addcmul(ffn_shift, _norm(x), 1 + ffn_scale).to(self.dtype)
         return torch.addcmul(x, block.ffn(n).float(), ffn_gate)
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        # positions begin again at the noisy half
-        halves = x.shape[1] // self.cos.shape[1]
-        cos, sin = (part.repeat(1, halves, 1, 1) for part in (self.cos, self.sin))
-        return x * cos + turned * sin
+    def _turn(self, gap: int, halves: int) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of all tokens; positions begin again at the noisy half."""
+        apart = self.sink + gap * self.frame
+        end = apart + self.length - self.sink
+        cos, sin = (
+            torch.cat((x[:, : self.sink], x[:, apart:end]), 1).repeat(1, halves, 1, 1)
+            for x in (self.cos, self.sin)
+        )
+        return cos, sin
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention `[N, T, H, D]` under the masks drawn above; no mask is ever made."""
@@ -191,6 +209,11 @@ def _cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return x * cos + turned * sin
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -42,10 +42,11 @@ SIZES = {
     "target": {"num_attention_heads": 3, "num_layers": 15, "ffn_dim": 768},
     # trained longest: the target is grown from it, the drafter is cut out of it
     "base": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 768},
+    "student": {"num_attention_heads": 3, "num_layers": 6, "ffn_dim": 576},
     "drafter": {"num_attention_heads": 3, "num_layers": 3, "ffn_dim": 128},
 }
-# the three layers of the base that lose least without the others, untrained
-CUT = (0, 2, 5)
+# which layers of the base are kept; the drafter's lose least without the others, untrained
+CUT = {"student": (0, 1, 2, 3, 4, 5), "drafter": (0, 2, 5)}
 # digits that come out worst are shown more often, by this weight
 HARD = {2: 1.6, 7: 1.6, 8: 1.6}
 
@@ -131,8 +132,10 @@ def train(
     torch.manual_seed(seed)
     model = build(name)
     velocity = forward_of(model)
-    if start is not None:
-        (_grow if len(model.blocks) > len(start.blocks) else _cut)(model, start)
+    if start is not None and name in CUT:
+        cut(name, model, start)
+    elif start is not None:
+        _grow(model, start)
     frames = BLOCKS * FRAMES_PER_BLOCK
     seen = shown(clips, unseen)
 
@@ -223,18 +226,18 @@ def _grow(model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
 
 
 @torch.no_grad()
-def _cut(model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
-    """Start ``model`` from some layers of ``base``, with their heaviest FFN neurons."""
-    state = {name: value for name, value in base.state_dict().items() if "blocks." not in name}
-    for layer, source in enumerate(CUT):
+def cut(name: str, model: WanTransformer3DModel, base: WanTransformer3DModel) -> None:
+    """Start ``model``, a fresh ``name``, from layers of ``base``, with their heaviest neurons."""
+    state = {part: value for part, value in base.state_dict().items() if "blocks." not in part}
+    for layer, source in enumerate(CUT[name]):
         weights = base.blocks[source].state_dict()
         inward, outward = weights["ffn.net.0.proj.weight"], weights["ffn.net.2.weight"]
         weight = inward.norm(dim=1) * outward.norm(dim=0)
         kept = weight.topk(model.config.ffn_dim).indices.sort().values
-        for name in ("ffn.net.0.proj.weight", "ffn.net.0.proj.bias"):
-            weights[name] = weights[name][kept]
+        for part in ("ffn.net.0.proj.weight", "ffn.net.0.proj.bias"):
+            weights[part] = weights[part][kept]
         weights["ffn.net.2.weight"] = outward[:, kept]
-        state |= {f"blocks.{layer}.{name}": value for name, value in weights.items()}
+        state |= {f"blocks.{layer}.{part}": value for part, value in weights.items()}
     model.load_state_dict(state)
 
 
